@@ -1,0 +1,230 @@
+"""Any timm network as a pyramid of features at the output stride that was asked for.
+
+The only file that knows timm's networks. timm builds the network and fills its weights; `Dilation` changes strides
+into atrous rates; this file joins the two and checks what goes in.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from lightning_atrous.dilation import Dilation
+from lightning_atrous.registry import close_matches
+from lightning_atrous.types import FeatureInfo, Features, Preprocess
+
+__all__ = ["TimmBackbone", "list_backbones"]
+
+_OURS = {
+    "features_only": "it is always on",
+    "pretrained": "give it beside timm_options",
+    "in_chans": "give in_channels beside timm_options",
+    "output_stride": "give it beside timm_options; ours is exact where timm's own is not",
+    "out_indices": "every level is always given; a head takes those it needs",
+    "num_classes": "the head owns the classes",
+}
+
+
+def list_backbones(pattern: str = "*") -> list[str]:
+    """Names of the networks that timm has, by shell pattern; a plain word matches anywhere in the name."""
+    glob = pattern if any(mark in pattern for mark in "*?[") else f"*{pattern}*"
+    return [name for name in timm.list_models() if fnmatch.fnmatch(name, glob)]
+
+
+class TimmBackbone(nn.Module):
+    """A timm network that gives feature maps, dilated to an output stride.
+
+    Args:
+        name: As timm names it, with a weight tag if wanted (``resnet50.a1_in1k``).
+        output_stride: Image pixels per pixel of the last map: what the network has by itself (mostly 32), or a
+            smaller power of two, by atrous convolution. Can be changed at any time, with the same weights.
+        pretrained: ``true`` for timm's weights from its hub, ``false`` for none, or the path of a timm state dict
+            (``.safetensors``, ``.pth``) of the very network. Loaded strictly.
+        in_channels: Of the image. timm adapts pretrained weights to other numbers than 3.
+        timm_options: Further options of the network's own constructor in timm, such as ``{pad_type: same}``.
+
+    Raises:
+        ValueError: An unknown network or option; weights that do not fit or cannot be had; a stride that this
+            network cannot take exactly, with the reason and the strides it can.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        output_stride: int = 16,
+        pretrained: bool | str | os.PathLike[str] = True,
+        in_channels: int = 3,
+        timm_options: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.in_channels, self.timm_options = name, in_channels, dict(timm_options or {})
+        if in_channels < 1:
+            raise ValueError(f"in_channels must be at least 1, got {in_channels}")
+        _check_name(name)
+        _check_options(self.timm_options)
+        self.net = _create(name, in_channels, self.timm_options)
+        if pretrained is not False:
+            _load_strictly(self.net, name, in_channels, self.timm_options, pretrained)
+        self.preprocess = _preprocess(self.net.pretrained_cfg, in_channels)
+        self._channels = tuple(self.net.feature_info.channels())
+        # asked of the class of the format, not of timm: `Format.NHWC` is a string enumeration
+        self._channels_first = str(getattr(self.net, "output_fmt", None) or "NCHW").endswith("NCHW")
+        self.dilation = self._probe()
+        if output_stride != self.dilation.output_stride:
+            self.output_stride = output_stride
+
+    def _probe(self) -> Dilation:
+        try:
+            return Dilation(self.net, in_channels=self.in_channels)
+        except ValueError as error:
+            raise ValueError(f"{self.name} cannot be used as a backbone: {error}") from error
+
+    @property
+    def info(self) -> tuple[FeatureInfo, ...]:
+        """Channels and reduction of every level at the present output stride, the finest first."""
+        return tuple(
+            FeatureInfo(channels, reduction)
+            for channels, reduction in zip(self._channels, self.dilation.reductions, strict=True)
+        )
+
+    @property
+    def output_stride(self) -> int:
+        """Image pixels per pixel of the last map; settable, also after training."""
+        return self.dilation.output_stride
+
+    @output_stride.setter
+    def output_stride(self, output_stride: int) -> None:
+        try:
+            self.dilation.output_stride = output_stride
+        except ValueError as error:
+            strides = ", ".join(str(stride) for stride in self.dilation.supported()) or "none"
+            raise ValueError(
+                f"{self.name} cannot run at output stride {output_stride}: {error}. Strides it supports: {strides}"
+            ) from error
+
+    def options(self) -> dict[str, Any]:
+        """The arguments that build this backbone again, without weights: plain values."""
+        return {
+            "name": self.name,
+            "output_stride": self.output_stride,
+            "pretrained": False,
+            "in_channels": self.in_channels,
+            "timm_options": self.timm_options or None,
+        }
+
+    def forward(self, image: Tensor) -> Features:
+        """Normalised image ``(B, C, H, W)`` → maps ``(B, C_i, h_i, w_i)``, the finest first."""
+        features = self.net(image)
+        if self._channels_first:
+            return tuple(features)
+        return tuple(feature.permute(0, 3, 1, 2) for feature in features)
+
+
+def _check_name(name: str) -> None:
+    if timm.is_model(name):
+        return
+    raise ValueError(f"timm has no network '{name}'; {close_matches(name.split('.')[0], timm.list_models())}")
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for option in options:
+        if option in _OURS:
+            raise ValueError(f"timm_options may not have '{option}': {_OURS[option]}")
+
+
+def _create(name: str, in_channels: int, options: Mapping[str, Any], *, full: bool = False, **weights: Any) -> Any:
+    """The network by timm's constructor, as features or (``full``) as the classifier it was trained as."""
+    options = dict(options) if full else {"features_only": True, **options}
+    try:
+        return timm.create_model(name, in_chans=in_channels, **weights, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        unknown = str(error).rsplit("'", 2)[1]
+        known = sorted(set(inspect.signature(type(timm.create_model(name))).parameters) - set(_OURS))
+        raise ValueError(f"{name} in timm takes no option '{unknown}'; {close_matches(unknown, known)}") from error
+    except (RuntimeError, AttributeError) as error:
+        if weights:
+            raise
+        raise ValueError(f"timm does not give {name} as a feature network: {error}") from error
+
+
+def _load_strictly(
+    net: nn.Module, name: str, in_channels: int, options: Mapping[str, Any], pretrained: bool | str | os.PathLike[str]
+) -> None:
+    """Fill the feature network from a classifier that timm has loaded strictly, tensor by tensor.
+
+    timm itself loads feature networks with ``strict=False``, which passes over what does not fit in silence.
+    """
+    full = _pretrained_classifier(name, in_channels, options, pretrained).state_dict()
+    source = {key.replace(".", "_"): value for key, value in full.items()}
+    loaded: dict[str, Tensor] = {}
+    for key, value in net.state_dict().items():
+        found = source.get(key.removeprefix("model.").replace(".", "_"))
+        if found is None or found.shape != value.shape:
+            raise ValueError(
+                f"{name}: its feature network has a tensor {key} of shape {tuple(value.shape)} that its pretrained "
+                f"weights do not have, so they cannot be loaded whole; take pretrained: false or another backbone"
+            )
+        loaded[key] = found
+    net.load_state_dict(loaded, strict=True)
+
+
+def _pretrained_classifier(
+    name: str, in_channels: int, options: Mapping[str, Any], pretrained: bool | str | os.PathLike[str]
+) -> nn.Module:
+    if pretrained is True:
+        try:
+            return _create(name, in_channels, options, full=True, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(
+                f"the pretrained weights of {name} could not be fetched or loaded ({_first_line(error)}). To go on "
+                f"offline, save them where there is a network (timm.create_model('{name}', pretrained=True), then "
+                f"safetensors.torch.save_file of its state_dict) and give pretrained: <that file>, or pretrained: false"
+            ) from error
+    path = Path(pretrained)
+    if not path.is_file():
+        raise ValueError(f"pretrained weights: there is no file {path}; give the path of a timm state dict of {name}")
+    try:
+        weights = timm.models.load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # each file format has its own errors
+        raise ValueError(
+            f"pretrained weights: {path} cannot be read as a state dict ({_first_line(error)}); "
+            f"give a .safetensors or .pth file saved from timm's {name}"
+        ) from error
+    overlay: dict[str, Any] = {"file": str(path)}
+    classifier = timm.get_pretrained_cfg_value(name, "classifier")
+    if isinstance(classifier, str) and f"{classifier}.weight" in weights:
+        overlay["num_classes"] = weights[f"{classifier}.weight"].shape[0]
+    try:
+        classes = {"num_classes": overlay["num_classes"]} if "num_classes" in overlay else {}
+        return _create(
+            name, in_channels, {**options, **classes}, full=True, pretrained=True, pretrained_cfg_overlay=overlay
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"pretrained weights: {path} does not fit {name} ({_first_line(error, lines=2)}); "
+            f"give a state dict that timm saved from {name} with the same timm_options"
+        ) from error
+
+
+def _preprocess(cfg: Mapping[str, Any], in_channels: int) -> Preprocess:
+    """timm's own mean and deviation; for other numbers of channels repeated in turn, as timm repeats the weights."""
+    mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
+    return Preprocess(
+        tuple(mean[i % len(mean)] for i in range(in_channels)), tuple(std[i % len(std)] for i in range(in_channels))
+    )
+
+
+def _first_line(error: BaseException, lines: int = 1) -> str:
+    text = " ".join(line.strip() for line in str(error).strip().splitlines()[:lines]) or type(error).__name__
+    return text if len(text) <= 240 else text[:237] + "..."

@@ -1,0 +1,261 @@
+"""What a run shows and keeps: the progress on the terminal, the table per class, the rows of its CSV file."""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from torch import Tensor
+
+from lightning_atrous.metrics import class_accuracy, class_iou, scores
+from lightning_atrous.task import SegmentationTask
+from lightning_atrous.types import ClassInfo
+
+__all__ = ["AppendingCSVLogger", "RunProgress", "ScoreTable", "score_table"]
+
+
+class RunProgress(ProgressBar):
+    """One bar for the whole run, with loss, learning rate, mIoU and the time left; one line for every validation.
+
+    On anything but a terminal the bar is left out and the lines stay, so that a log file can be read.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console = Console()
+        self._progress: Progress | None = None
+        self._bar: TaskID | None = None
+        self._enabled = True
+        self._started = 0.0
+        self._steps_before = 0
+
+    def enable(self) -> None:
+        """Show the bar; Lightning calls it on the first rank."""
+        self._enabled = True
+
+    def disable(self) -> None:
+        """Show nothing; Lightning calls it on every rank but the first."""
+        self._enabled = False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what is trained, and open the bar."""
+        super().on_train_start(trainer, pl_module)
+        self._started, self._steps_before = time.monotonic(), trainer.global_step
+        if not self._enabled:
+            return
+        assert isinstance(pl_module, SegmentationTask)
+        self.console.print(_headline(pl_module), highlight=False)
+        self._open(int(trainer.estimated_stepping_batches))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Move the bar."""
+        if self._progress is not None:
+            text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._state(trainer)}"
+            self._move(trainer.global_step, text)
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Say how far the validation is; outside `fit` it has a bar of its own."""
+        if self._progress is None:
+            return
+        total = int(self.total_val_batches_current_dataloader)
+        if trainer.state.fn == "fit":
+            self._move(trainer.global_step, f"validating {batch_idx + 1}/{total}")
+        else:
+            self._move(batch_idx + 1, "validating")
+
+    def on_test_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Move the bar."""
+        self._move(batch_idx + 1, "testing")
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open a bar where `fit` has none open."""
+        if trainer.state.fn == "validate":
+            self._open(int(self.total_val_batches_current_dataloader))
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Open a bar."""
+        self._open(int(self.total_test_batches_current_dataloader))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the line of this validation."""
+        if trainer.state.fn != "fit":
+            self._close()
+        elif self._enabled and not trainer.sanity_checking:
+            line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  step {trainer.global_step:>5}  "
+            self.console.print(line + self._state(trainer), highlight=False)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Close the bar."""
+        self._close()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the terminal back."""
+        self._close()
+
+    def _open(self, total: int) -> None:
+        if not (self._enabled and self.console.is_terminal):
+            return
+        columns = (BarColumn(bar_width=24), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
+        self._progress = Progress(*columns, console=self.console, transient=True)
+        self._bar = self._progress.add_task("", total=total)
+        self._progress.start()
+
+    def _move(self, completed: int, text: str) -> None:
+        if self._progress is not None and self._bar is not None:
+            self._progress.update(self._bar, completed=completed, description=text)
+
+    def _close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._progress = self._bar = None
+
+    def _state(self, trainer: L.Trainer) -> str:
+        """Loss, learning rate, mIoU and the time left, as far as they are known."""
+        metrics = trainer.callback_metrics
+        parts = []
+        if "train/loss" in metrics:
+            parts.append(f"loss {metrics['train/loss']:.3f}")
+        if trainer.optimizers:
+            parts.append(f"lr {max(group['lr'] for group in trainer.optimizers[0].param_groups):.2g}")
+        if "val/miou" in metrics:
+            parts.append(f"mIoU {metrics['val/miou']:.4f}")
+        done = trainer.global_step - self._steps_before
+        if done:
+            left = (trainer.estimated_stepping_batches - trainer.global_step) * (time.monotonic() - self._started) / done
+            parts.append(f"left {_clock(left)}")
+        return "  ".join(parts)
+
+
+class ScoreTable(Callback):
+    """The scores of every class, printed where an evaluation ends: after `fit`, `validate` and `test`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console = Console()
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print the last validation, and where the best checkpoint is."""
+        self._print(pl_module, "last validation")
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
+                path = os.path.relpath(callback.best_model_path)
+                self.console.print(f"best {callback.monitor} {callback.best_model_score:.4f} in {path}", soft_wrap=True)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print, where this is not a validation within `fit`."""
+        if trainer.state.fn == "validate":
+            self._print(pl_module, "validation")
+
+    @rank_zero_only
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Print."""
+        self._print(pl_module, "test")
+
+    def _print(self, pl_module: L.LightningModule, title: str) -> None:
+        assert isinstance(pl_module, SegmentationTask)
+        if pl_module.confusion is not None:
+            self.console.print(score_table(pl_module.confusion, pl_module.classes, title=title))
+
+
+def score_table(confusion: Tensor, classes: ClassInfo, *, title: str) -> Table:
+    """IoU, accuracy and share of the pixels for every class, and their means.
+
+    Args:
+        confusion: ``(K, K)`` counts, the target's class in rows.
+        classes: Their names.
+        title: Above the table.
+    """
+    table = Table(title=title, title_justify="left", show_footer=True)
+    summary = {name: _percent(value) for name, value in scores(confusion).items()}
+    table.add_column("class", footer=f"mean over classes\npixel accuracy {summary['pixel_accuracy']}")
+    table.add_column("IoU", justify="right", footer=summary["miou"])
+    table.add_column("accuracy", justify="right", footer=summary["mean_accuracy"])
+    table.add_column("pixels", justify="right")
+    share = confusion.sum(1) / confusion.sum().clamp(min=1)
+    for name, *row in zip(classes.names, class_iou(confusion), class_accuracy(confusion), share, strict=True):
+        table.add_row(name, *map(_percent, row))
+    return table
+
+
+class AppendingCSVLogger(CSVLogger):
+    """Lightning's CSV logger, going on in the file of a run that is resumed instead of deleting it.
+
+    Rows from steps that the resumed run does again are dropped.
+
+    Args:
+        save_dir: The run's directory; ``metrics.csv`` is right in it.
+    """
+
+    def __init__(self, save_dir: str) -> None:
+        super().__init__(save_dir, name="", version="")
+        self._earlier: list[dict[str, Any]] = _read_rows(os.path.join(self.log_dir, ExperimentWriter.NAME_METRICS_FILE))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
+        """Write a row; before the first one, the rows of the earlier run up to there."""
+        if self._earlier and step is not None:
+            self.experiment.metrics.extend(row for row in self._earlier if int(row["step"]) < step)
+            self._earlier = []
+        super().log_metrics(dict(metrics), step)
+
+
+def _read_rows(path: str) -> list[dict[str, Any]]:
+    if not os.path.isfile(path):
+        return []
+    with open(path, newline="") as file:
+        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def _headline(task: SegmentationTask) -> str:
+    backbone = task.model.backbone
+    parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    return (
+        f"{backbone.name} at output stride {backbone.output_stride} → {type(task.model.head).__name__} → "
+        f"{len(task.classes)} classes, {parameters / 1e6:.1f} M parameters"
+    )
+
+
+def _percent(value: Tensor) -> str:
+    return "–" if torch.isnan(value) else f"{100 * value.item():.2f}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,93 @@
+"""One sentence for what went wrong, in place of a traceback, where the cause is what the user gave."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import inspect
+import re
+import traceback
+from pathlib import Path
+
+from lightning_atrous.registry import close_matches
+
+__all__ = ["Complaint", "clarify"]
+
+_PACKAGE = Path(__file__).parent
+_DATA = (_PACKAGE / "data", _PACKAGE / "metrics.py")
+
+
+class Complaint(Exception):
+    """An error that is the user's to mend.
+
+    Args:
+        sentence: What came, what was expected, what to do.
+        exit_code: 2 for what was typed wrong, 1 for the data or the run.
+    """
+
+    def __init__(self, sentence: str, *, exit_code: int) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+    @classmethod
+    def of(cls, error: Exception) -> Complaint | None:
+        """The complaint in an error, or None where the error is a defect that needs its traceback.
+
+        A ValueError that this package raised on purpose is one sentence already. One that came out of a library is not.
+        """
+        if isinstance(error, Complaint):
+            return error
+        in_worker = re.search(r"Caught \w+ in DataLoader worker process.*^(?:\w+\.)*\w+: (.*)", str(error), re.S | re.M)
+        if in_worker and isinstance(error, ValueError):
+            return cls(in_worker[1].strip(), exit_code=1)
+        if type(error).__name__ == "MisconfigurationException":
+            return cls(" ".join(str(error).split()), exit_code=2)
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, ValueError) and raised_in.is_relative_to(_PACKAGE):
+            return cls(str(error), exit_code=1 if any(raised_in.is_relative_to(part) for part in _DATA) else 2)
+        return None
+
+
+def clarify(message: str, parser: argparse.ArgumentParser) -> str:
+    """A parser's message in one line, with the names that an unknown one is like.
+
+    Args:
+        message: As jsonargparse words it.
+        parser: Whose options are known.
+    """
+    # what was given stands in the sentence already, or in the file
+    text = re.sub(r"\.?\s*Got value: (Namespace|NestedArg)\(.*", "", message, flags=re.S)
+    text = re.sub(r"Type typing\.Callable\[.*?\] expects a function or a callable class: ", "", text)
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = " ".join(text.replace("Parser key ", "").split())
+    if match := re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", text):
+        return f"unknown option --{match[1]}; {_like(match[1], parser)}"
+    if match := re.search(r"does not accept option '([^']+)'", text):
+        return f"the config has an unknown key '{match[1]}'; {_like(match[1], parser)}"
+    if match := re.search(r"Option '([^']+)' is not accepted", text):
+        known = _options_of(message)
+        if known:
+            return f"{text}; {close_matches(match[1], known)}"
+    return text
+
+
+def _like(key: str, parser: argparse.ArgumentParser) -> str:
+    known = sorted({action.dest for action in parser._actions if action.dest not in ("help", "print_config")})
+    head, _, tail = key.partition(".")
+    sections = sorted({name.partition(".")[0] for name in known})
+    if tail and head not in sections:
+        return close_matches(head, sections)
+    return close_matches(key, [name for name in known if name.startswith(f"{head}.")] if tail else sections)
+
+
+def _options_of(message: str) -> list[str]:
+    """The options of the innermost class that a message names by its import path."""
+    paths = re.findall(r"class_path[= ]'([\w.]+)'", message)
+    for path in reversed(paths):
+        module, _, name = path.rpartition(".")
+        try:
+            cls = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError, ValueError):
+            continue
+        return [option for option in inspect.signature(cls).parameters if option not in ("info", "num_classes")]
+    return []

@@ -1,0 +1,276 @@
+"""What every source of data shares: readers, the file dataset, and the data module."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torchvision import tv_tensors
+
+from lightning_atrous.transforms import Augment, Sample
+from lightning_atrous.types import ClassInfo
+
+__all__ = ["FileDataset", "FilePair", "SegmentationData", "Split", "collate", "read_image", "read_mask"]
+
+Split = Literal["train", "val", "test"]
+
+
+def read_image(path: Path) -> tv_tensors.Image:
+    """An RGB picture, turned upright as its EXIF orientation says: uint8 ``(3, H, W)``.
+
+    Raises:
+        ValueError: The file is missing, damaged, or not RGB.
+    """
+    image = _open(path)
+    if image.mode != "RGB":
+        raise ValueError(f"{path} is a picture of mode {image.mode}, expected RGB; convert it to 8-bit RGB")
+    pixels = np.array(ImageOps.exif_transpose(image))
+    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Class indices ``(H, W)``, in the file's own integer type; those of a palette picture, not its colours.
+
+    Raises:
+        ValueError: The file is missing, damaged, or holds colours instead of indices.
+    """
+    image = _open(path)
+    if image.mode not in ("1", "L", "P", "I", "I;16"):
+        raise ValueError(
+            f"{path} is a mask of mode {image.mode}, expected class indices in one grey or palette channel; "
+            "convert its colours to indices"
+        )
+    labels = np.array(image)
+    return labels.astype(np.uint8) if labels.dtype == bool else labels
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; put the file there or take it off the list") from None
+    except (OSError, SyntaxError) as error:  # Pillow's words for damage
+        raise ValueError(f"{path} cannot be decoded ({error}); replace it with an intact file") from error
+    return image
+
+
+class FilePair(NamedTuple):
+    """One image file, its mask file, and the name that tells them from the others of their split."""
+
+    name: str
+    image: Path
+    mask: Path
+
+
+class FileDataset(Dataset[Sample]):
+    """Pairs of files as samples: uint8 image ``(3, H, W)``, mask ``(H, W)`` in uint8, or in int64 if it must.
+
+    Args:
+        pairs: At least one.
+        classes: What labels may occur.
+        void: Labels in the files that mean the ignore index.
+
+    Raises:
+        ValueError: No pair, a missing file; when read: damage, sizes that differ, a label out of range.
+    """
+
+    def __init__(self, pairs: Sequence[FilePair], classes: ClassInfo, *, void: Sequence[int] = ()) -> None:
+        if not pairs:
+            raise ValueError("a dataset of no images: give at least one pair of an image and a mask")
+        for pair in pairs:
+            if not pair.image.is_file():
+                raise ValueError(f"there is no image {pair.image}; add it or take '{pair.name}' off the list")
+            if not pair.mask.is_file():
+                raise ValueError(f"image {pair.image} has no mask {pair.mask}; add it or remove the image")
+        self.pairs, self.classes, self.void = tuple(pairs), classes, tuple(void)
+        small = 0 <= classes.ignore_index <= 255 and len(classes) <= 256
+        self._dtype = np.uint8 if small else np.int64
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read, check, map void to the ignore index."""
+        pair = self.pairs[index]
+        image, labels = read_image(pair.image), read_mask(pair.mask)
+        if labels.shape != image.shape[1:]:
+            raise ValueError(
+                f"mask {pair.mask} is {labels.shape[1]}×{labels.shape[0]} pixels but its image is "
+                f"{image.shape[2]}×{image.shape[1]}; make them the same size"
+            )
+        wrong = (labels < 0) | (labels >= len(self.classes))
+        ignored = np.isin(labels, (*self.void, self.classes.ignore_index), kind="table")
+        if (wrong & ~ignored).any():
+            found = ", ".join(str(v) for v in np.unique(labels[wrong & ~ignored])[:10])
+            raise ValueError(
+                f"mask {pair.mask} has labels {found}, expected 0..{len(self.classes) - 1} or the ignore "
+                f"index {self.classes.ignore_index}; correct the mask, the class names or the ignore index"
+            )
+        mask = labels.astype(self._dtype)
+        mask[ignored] = self.classes.ignore_index
+        return Sample(image=image, mask=tv_tensors.Mask(torch.from_numpy(mask)), name=pair.name)
+
+
+def collate(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Samples → ``{"image": uint8 (B, C, H, W), "mask": int64 (B, H, W), "name": [B names]}``.
+
+    Raises:
+        ValueError: Images of different sizes.
+    """
+    sizes = {tuple(sample["image"].shape[-2:]) for sample in samples}
+    if len(sizes) > 1:
+        raise ValueError(
+            f"images of different sizes make no batch, got (H, W) {', '.join(map(str, sorted(sizes)))}; "
+            "set augment.crop for training, eval_batch_size: 1 for evaluation"
+        )
+    return {
+        "image": torch.stack([sample["image"].as_subclass(torch.Tensor) for sample in samples]).contiguous(),
+        "mask": torch.stack([sample["mask"].as_subclass(torch.Tensor) for sample in samples]).long(),
+        "name": [sample["name"] for sample in samples],
+    }
+
+
+class _EpochOrder(DistributedSampler):
+    """Shuffles by seed and epoch, and passes the epoch on: keys are ``(epoch, index)``.
+
+    Lightning calls `set_epoch`, so a run that is resumed goes on with the order it would have had.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        return ((self.epoch, index) for index in super().__iter__())
+
+
+class _Augmented(Dataset[Sample]):
+    """A dataset whose transform is a pure function of seed, epoch and index: of no worker, and of no past."""
+
+    def __init__(
+        self, dataset: Dataset[Sample], augment: Augment | None, *, seed: int, ignore_index: int
+    ) -> None:
+        self.dataset, self.augment, self.seed, self.ignore_index = dataset, augment, seed, ignore_index
+
+    def __len__(self) -> int:
+        return len(cast(Any, self.dataset))
+
+    def __getitem__(self, key: tuple[int, int] | int) -> Sample:
+        # a plain index comes from a sampler that Lightning put in place of ours (`overfit_batches`)
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        sample = self.dataset[index]
+        if self.augment is None:
+            return sample
+        seed = np.random.SeedSequence(self.seed, spawn_key=(epoch, index)).generate_state(1, np.uint64)[0]
+        return self.augment(sample, torch.Generator().manual_seed(int(seed)), ignore_index=self.ignore_index)
+
+
+class SegmentationData(LightningDataModule, ABC):
+    """Batches for training and evaluation; a source of data implements `build`.
+
+    A batch is ``{"image": uint8 (B, C, H, W), "mask": int64 (B, H, W), "name": list of B}``. Images are not
+    normalised: that is the model's. Training batches are shuffled and augmented by the seed of
+    `lightning.seed_everything`, the epoch and the index alone, whatever the number of workers; a last batch
+    that is not full is left out, unless it is the only one. Evaluation batches are whole images in their own
+    size, in the order of the source, each counted once on however many ranks.
+
+    Args:
+        classes: Of the masks; an attribute from here on.
+        batch_size: Of training, per device.
+        eval_batch_size: Of validation and test, per device; more than 1 needs images of one size.
+        num_workers: Processes that read and augment; 0 does it in the main one.
+        augment: Of training samples; none gives them as they are.
+
+    Raises:
+        ValueError: A batch size below 1, a negative number of workers.
+    """
+
+    def __init__(
+        self,
+        classes: ClassInfo,
+        *,
+        batch_size: int = 8,
+        eval_batch_size: int = 1,
+        num_workers: int = 2,
+        augment: Augment | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, low in (
+            ("batch_size", batch_size, 1),
+            ("eval_batch_size", eval_batch_size, 1),
+            ("num_workers", num_workers, 0),
+        ):
+            if value < low:
+                raise ValueError(f"{name} must be at least {low}, got {value}")
+        self.classes = classes
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers = num_workers
+        self.augment = augment
+        self._datasets: dict[Split, Dataset[Sample]] = {}
+
+    @abstractmethod
+    def build(self, split: Split) -> Dataset[Sample]:
+        """The samples of a split, not augmented; its `__getitem__` takes ``0..len-1``."""
+
+    def dataset(self, split: Split) -> Dataset[Sample]:
+        """The samples of a split, built once."""
+        if split not in self._datasets:
+            self._datasets[split] = self.build(split)
+        return self._datasets[split]
+
+    def setup(self, stage: str) -> None:
+        """Build what a stage needs, so that what is missing is said before anything runs."""
+        stages: dict[str, tuple[Split, ...]] = {
+            "fit": ("train", "val"),
+            "validate": ("val",),
+            "test": ("test",),
+        }
+        for split in stages.get(stage, ()):
+            self.dataset(split)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled, augmented batches; without a trainer, call ``sampler.set_epoch`` before each epoch."""
+        seed = torch.initial_seed() % 2**32
+        if self.trainer is not None:
+            seed = self.trainer.strategy.broadcast(seed)  # ranks that were not seeded share the order too
+        dataset = _Augmented(
+            self.dataset("train"), self.augment, seed=seed, ignore_index=self.classes.ignore_index
+        )
+        sampler = _EpochOrder(dataset, *self._ranks(), shuffle=True, seed=seed)
+        return self._loader(dataset, sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        """Whole images of the validation split."""
+        return self._eval_loader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Whole images of the test split."""
+        return self._eval_loader("test")
+
+    def _eval_loader(self, split: Split) -> DataLoader:
+        dataset = self.dataset(split)
+        sampler = UnrepeatedDistributedSampler(dataset, *self._ranks(), shuffle=False)
+        return self._loader(dataset, sampler, self.eval_batch_size, drop_last=False)
+
+    def _ranks(self) -> tuple[int, int]:
+        """How many processes share the data, and which one this is."""
+        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
+
+    def _loader(
+        self, dataset: Dataset[Sample], sampler: DistributedSampler, batch_size: int, *, drop_last: bool
+    ) -> DataLoader:
+        return DataLoader(
+            dataset,
+            batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            drop_last=drop_last,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=self.num_workers > 0,
+        )

@@ -1,0 +1,176 @@
+"""The few layers that heads are made of, and the only `resize` in the package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_atrous.types import Preprocess
+
+__all__ = ["ConvNormAct", "ImagePool", "Normalize", "SeparableConv", "resize"]
+
+
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bilinear, with pixel areas (not corners) aligned: ``(B, C, h, w)`` → ``(B, C, *size)``."""
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+class Normalize(nn.Module):
+    """Image ``(B, C, H, W)`` as people store it → the backbone's input.
+
+    Args:
+        preprocess: Mean and deviation per channel.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, preprocess: Preprocess) -> None:
+        super().__init__()
+        self.preprocess = preprocess
+        mean, std = torch.tensor(preprocess.mean), torch.tensor(preprocess.std)
+        # not persistent: they are in the checkpoint's own description, and weights stay the network's alone
+        self.register_buffer("scale", (1 / std).view(-1, 1, 1), persistent=False)
+        self.register_buffer("shift", (-mean / std).view(-1, 1, 1), persistent=False)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Normalise.
+
+        Args:
+            image: ``(B, C, H, W)``, uint8 in 0..255 or floating in 0..1.
+
+        Raises:
+            ValueError: Another number of dimensions or channels, or another integer type.
+        """
+        if image.ndim != 4 or image.shape[1] != self.preprocess.channels:
+            raise ValueError(
+                f"expected images of shape (B, {self.preprocess.channels}, H, W), got {tuple(image.shape)}"
+            )
+        if image.dtype == torch.uint8:
+            return torch.addcmul(self.shift, image.to(self.scale.dtype), self.scale / 255)
+        if not image.is_floating_point():
+            raise ValueError(f"expected a uint8 image in 0..255 or a floating one in 0..1, got {image.dtype}")
+        return torch.addcmul(self.shift, image.to(self.scale.dtype), self.scale)
+
+
+class ConvNormAct(nn.Sequential):
+    """Convolution, batch norm, ReLU: ``(B, C_in, h, w)`` → ``(B, C_out, h, w)``, same size at any rate.
+
+    Args:
+        in_channels: ``C_in``.
+        out_channels: ``C_out``.
+        kernel_size: Odd.
+        dilation: The atrous rate.
+        groups: Of the convolution.
+        norm: Without it the convolution has a bias.
+        act: Whether a ReLU ends it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 1,
+        *,
+        dilation: int = 1,
+        groups: int = 1,
+        norm: bool = True,
+        act: bool = True,
+    ) -> None:
+        layers: list[nn.Module] = [
+            nn.Conv2d(
+                in_channels,
+                out_channels,
+                kernel_size,
+                padding=dilation * (kernel_size // 2),
+                dilation=dilation,
+                groups=groups,
+                bias=not norm,
+            )
+        ]
+        if norm:
+            layers.append(nn.BatchNorm2d(out_channels))
+        if act:
+            layers.append(nn.ReLU(inplace=True))
+        super().__init__(*layers)
+
+    @property
+    def rate(self) -> int:
+        """The atrous rate, settable: the weights stay, the taps move."""
+        conv = self[0]
+        assert isinstance(conv, nn.Conv2d)
+        return int(conv.dilation[0])
+
+    @rate.setter
+    def rate(self, rate: int) -> None:
+        conv = self[0]
+        assert isinstance(conv, nn.Conv2d)
+        conv.dilation = (rate, rate)
+        conv.padding = (rate * (conv.kernel_size[0] // 2), rate * (conv.kernel_size[1] // 2))
+
+
+class SeparableConv(nn.Sequential):
+    """Atrous separable convolution (DeepLabV3+, section 3.1): depthwise at a rate, then 1×1.
+
+    ``(B, C_in, h, w)`` → ``(B, C_out, h, w)``, each part followed by batch norm and ReLU, as in the paper's code.
+
+    Args:
+        in_channels: ``C_in``.
+        out_channels: ``C_out``.
+        kernel_size: Of the depthwise part, odd.
+        dilation: The atrous rate, carried by the depthwise part.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *, dilation: int = 1) -> None:
+        super().__init__(
+            ConvNormAct(in_channels, in_channels, kernel_size, dilation=dilation, groups=in_channels),
+            ConvNormAct(in_channels, out_channels),
+        )
+
+    @property
+    def rate(self) -> int:
+        """The atrous rate, settable."""
+        depthwise = self[0]
+        assert isinstance(depthwise, ConvNormAct)
+        return depthwise.rate
+
+    @rate.setter
+    def rate(self, rate: int) -> None:
+        depthwise = self[0]
+        assert isinstance(depthwise, ConvNormAct)
+        depthwise.rate = rate
+
+
+class ImagePool(nn.Module):
+    """Image-level features (ParseNet; DeepLabV3, section 3.3): mean over the map, 1×1, spread out again.
+
+    ``(B, C_in, h, w)`` → ``(B, C_out, h, w)``. With one image in a training batch the pooled map has a single
+    value per channel, of which no batch statistics exist: the norm then uses its running ones.
+
+    Args:
+        in_channels: ``C_in``.
+        out_channels: ``C_out``.
+        norm: Batch norm after the 1×1, which has a bias without it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, *, norm: bool = True) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=not norm)
+        self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Pool, project, spread."""
+        pooled = self.conv(x.mean(dim=(2, 3), keepdim=True))
+        norm = self.norm
+        if isinstance(norm, nn.BatchNorm2d) and norm.training and pooled.shape[0] == 1:
+            pooled = F.batch_norm(
+                pooled, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+            )
+        else:
+            pooled = norm(pooled)
+        return F.relu(pooled).expand(-1, -1, *x.shape[-2:])

@@ -1,0 +1,216 @@
+"""Scores of a whole data set, from one confusion matrix.
+
+Benchmark mIoU (Everingham et al., "The PASCAL Visual Object Classes Challenge: A Retrospective", 2015; Cordts
+et al., "The Cityscapes Dataset", 2016) sums intersections and unions over all images and divides once. A mean
+of per-image or per-batch scores is another number. The maths is a handful of pure functions on the matrix,
+which `SegmentationScore` accumulates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_atrous.layers import resize
+from lightning_atrous.types import ClassInfo
+
+__all__ = [
+    "SegmentationScore",
+    "class_accuracy",
+    "class_iou",
+    "confusion_matrix",
+    "mean_accuracy",
+    "mean_iou",
+    "pixel_accuracy",
+    "scores",
+]
+
+_RESIZED_ELEMENTS = 2**25
+"""Logits raised to the target's size at one time: 128 MiB in float32, 16 classes of a 1024×2048 image."""
+
+
+@torch.no_grad()
+def confusion_matrix(prediction: Tensor, target: Tensor, classes: ClassInfo) -> Tensor:
+    """Count pixels: ``(K, K)`` int64, the target's class in rows and the predicted one in columns.
+
+    Args:
+        prediction: Logits ``(B, K, h, w)`` at any resolution, raised to the target's size before the argmax,
+            or a class map ``(B, H, W)`` of integers. Its values do not matter where the target is ignored.
+        target: ``(B, H, W)`` integers in ``0..K-1``, or the ignore index: those pixels are not counted.
+        classes: Gives ``K`` and the ignore index.
+
+    Raises:
+        ValueError: Shapes or dtypes that do not fit, or a value that is neither a class nor the ignore index.
+
+    Example:
+        >>> import torch
+        >>> from lightning_atrous.metrics import confusion_matrix
+        >>> from lightning_atrous.types import ClassInfo
+        >>> target = torch.tensor([[[0, 0, 1], [1, 1, 255]]])
+        >>> confusion_matrix(torch.tensor([[[0, 1, 1], [1, 1, 0]]]), target, ClassInfo(("road", "car")))
+        tensor([[1, 1],
+                [0, 3]])
+    """
+    k = len(classes)
+    _check(prediction, target, k)
+    counts = torch.zeros(k * k, dtype=torch.int64, device=target.device)
+    if target.numel() == 0:
+        return counts.view(k, k)
+    # image by image: a class costs one full-size map, and a batch of maps for every class would not fit
+    for image_prediction, image_target in zip(prediction, target, strict=True):
+        mask = image_target.long()  # before it is compared: in uint8, 255 equals -1
+        ignored = mask == classes.ignore_index
+        mask = mask.masked_fill(ignored, 0)
+        _check_values(mask, "target", classes)
+        if image_prediction.ndim == 3:
+            predicted = _argmax(image_prediction, mask.shape)
+        else:
+            predicted = image_prediction.long().masked_fill(ignored, 0)
+            _check_values(predicted, "prediction", classes)
+        # ignored pixels fall into one bin more, which is dropped: cheaper than selecting the others
+        bins = mask.mul_(k).add_(predicted).masked_fill_(ignored, k * k)
+        counts += torch.bincount(bins.flatten(), minlength=k * k + 1)[:-1]
+    return counts.view(k, k)
+
+
+def class_iou(confusion: Tensor) -> Tensor:
+    """Intersection over union per class: ``(K, K)`` → ``(K,)`` in 0..1; nan for a class on neither side."""
+    hit = confusion.diagonal()
+    return hit / (confusion.sum(0) + confusion.sum(1) - hit)
+
+
+def class_accuracy(confusion: Tensor) -> Tensor:
+    """Recall per class: ``(K, K)`` → ``(K,)`` in 0..1; nan where the target has no pixel of the class."""
+    return confusion.diagonal() / confusion.sum(1)
+
+
+def mean_iou(confusion: Tensor) -> Tensor:
+    """Benchmark mIoU: ``(K, K)`` → the mean of `class_iou` over the classes that occur; nan if none does.
+
+    Example:
+        >>> import torch
+        >>> from lightning_atrous.metrics import class_iou, mean_iou
+        >>> confusion = torch.tensor([[3, 1, 0], [0, 4, 0], [0, 0, 0]])
+        >>> class_iou(confusion)
+        tensor([0.7500, 0.8000,    nan])
+        >>> mean_iou(confusion)
+        tensor(0.7750)
+    """
+    return class_iou(confusion).nanmean()
+
+
+def pixel_accuracy(confusion: Tensor) -> Tensor:
+    """The share of counted pixels that are right: ``(K, K)`` → scalar in 0..1; nan if none was counted."""
+    return confusion.diagonal().sum() / confusion.sum()
+
+
+def mean_accuracy(confusion: Tensor) -> Tensor:
+    """The mean of `class_accuracy` over the classes in the target: ``(K, K)`` → scalar in 0..1, or nan."""
+    return class_accuracy(confusion).nanmean()
+
+
+def scores(confusion: Tensor) -> dict[str, Tensor]:
+    """The numbers that people quote: ``(K, K)`` → ``miou``, ``pixel_accuracy``, ``mean_accuracy``, scalars in 0..1."""
+    return {
+        "miou": mean_iou(confusion),
+        "pixel_accuracy": pixel_accuracy(confusion),
+        "mean_accuracy": mean_accuracy(confusion),
+    }
+
+
+class SegmentationScore(Metric):
+    """The confusion matrix of everything seen since the last reset, over all ranks.
+
+    All scores are functions of it: `scores`, `class_iou`, `class_accuracy`.
+
+    Args:
+        classes: Gives ``K`` and the ignore index.
+
+    Example:
+        >>> import torch
+        >>> from lightning_atrous.metrics import SegmentationScore, class_iou, scores
+        >>> from lightning_atrous.types import ClassInfo
+        >>> score = SegmentationScore(ClassInfo(("road", "car")))
+        >>> logits = torch.tensor([[[[2.0, -1.0]], [[0.0, 1.0]]]])  # (1, 2, 1, 2): road, car
+        >>> score.update(logits, torch.tensor([[[0, 0, 1, 1], [0, 0, 0, 255]]]))
+        >>> confusion = score.compute()
+        >>> {name: round(value.item(), 3) for name, value in scores(confusion).items()}
+        {'miou': 0.733, 'pixel_accuracy': 0.857, 'mean_accuracy': 0.9}
+        >>> class_iou(confusion)
+        tensor([0.8000, 0.6667])
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False  # a batch's own score is that of its own matrix
+
+    confusion: Tensor
+
+    def __init__(self, classes: ClassInfo) -> None:
+        super().__init__()
+        self.classes = classes
+        k = len(classes)
+        self.add_state("confusion", torch.zeros(k, k, dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Count one batch; arguments and errors as in `confusion_matrix`."""
+        self.confusion += confusion_matrix(prediction, target, self.classes)
+
+    def compute(self) -> Tensor:
+        """``(K, K)`` int64, the target's class in rows, summed over all ranks."""
+        return self.confusion
+
+
+def _argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits ``(K, h, w)`` → the classes ``(H, W)`` of the logits at full size, a few classes at a time."""
+    step = max(1, _RESIZED_ELEMENTS // (size[0] * size[1]))
+    best, winner = _raise(logits[:step], size).max(dim=0)
+    for first in range(step, logits.shape[0], step):
+        value, index = _raise(logits[first : first + step], size).max(dim=0)
+        winner = torch.where(value > best, index + first, winner)
+        best = torch.maximum(best, value)
+    return winner
+
+
+def _raise(logits: Tensor, size: tuple[int, int]) -> Tensor:
+    """Logits ``(K, h, w)`` → ``(K, H, W)``, half precision in float32: rounding between pixels makes ties."""
+    return resize(logits.to(torch.promote_types(logits.dtype, torch.float32))[None], size)[0]
+
+
+def _check(prediction: Tensor, target: Tensor, k: int) -> None:
+    if target.ndim != 3 or not _is_integer(target):
+        raise ValueError(f"expected an integer target (B, H, W), got {target.dtype} {tuple(target.shape)}")
+    if prediction.ndim == 4 and prediction.is_floating_point():
+        if prediction.shape[1] != k:
+            raise ValueError(
+                f"expected logits (B, {k}, h, w), one channel a class, got {tuple(prediction.shape)}"
+            )
+        if prediction.shape[0] != target.shape[0]:
+            raise ValueError(f"{prediction.shape[0]} images of logits for {target.shape[0]} targets")
+    elif prediction.ndim == 3 and _is_integer(prediction):
+        if prediction.shape != target.shape:
+            raise ValueError(
+                f"a class map has the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)}"
+            )
+    else:
+        raise ValueError(
+            f"expected floating logits (B, {k}, h, w) or an integer class map (B, H, W), "
+            f"got {prediction.dtype} {tuple(prediction.shape)}"
+        )
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
+def _check_values(mask: Tensor, name: str, classes: ClassInfo) -> None:
+    """Raise where a ``(H, W)`` map without ignored pixels holds anything but classes."""
+    low, high = mask.aminmax()
+    if low < 0 or high >= len(classes):
+        wrong = mask[(mask < 0) | (mask >= len(classes))].unique().tolist()
+        values = ", ".join(map(str, wrong[:8])) + (", …" if len(wrong) > 8 else "")
+        raise ValueError(
+            f"the {name} holds {values}, but {len(classes)} classes are 0..{len(classes) - 1} "
+            f"and {classes.ignore_index} is ignored"
+        )

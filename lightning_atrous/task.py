@@ -1,0 +1,269 @@
+"""The Lightning side: what a step computes, what is scored, what a checkpoint says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Collection
+from typing import Any, TypedDict
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from lightning_atrous.backbone import TimmBackbone
+from lightning_atrous.heads import HEADS, DeepLabV3Plus, HeadFactory
+from lightning_atrous.losses import CrossEntropy, LossFactory
+from lightning_atrous.metrics import SegmentationScore, class_iou, scores
+from lightning_atrous.model import SegmentationModel
+from lightning_atrous.optim import SGD_RECIPE, OptimizerFactory, Poly, build_optimizer, parameter_groups
+from lightning_atrous.spec import build, describe
+from lightning_atrous.types import ClassInfo, Preprocess
+
+__all__ = ["Batch", "SegmentationTask", "read_checkpoint"]
+
+SPEC_KEY = "lightning_atrous"
+"""Where in a checkpoint the description stands from which the task is built again."""
+
+
+class Batch(TypedDict):
+    """What the data yields: ``image`` uint8 ``(B, C, H, W)``, ``mask`` int64 ``(B, H, W)``, ``name`` of each."""
+
+    image: Tensor
+    mask: Tensor
+    name: list[str]
+
+
+class SegmentationTask(L.LightningModule):
+    """Semantic segmentation: a backbone, a head, a loss, a score.
+
+    Args:
+        backbone: The timm network that turns images into features.
+        head: The class that turns features into logits, with its options.
+        classes: What the mask values mean. On the command line it comes from the data.
+        aux_head: A second head for a second loss in training, such as FCN with ``level: -2``.
+        aux_weight: Of the second loss.
+        preprocess: Mean and deviation per channel in units of 0..1; the backbone's own where not given.
+        loss: The class of the loss, with its options.
+        optimizer: The class of the optimiser, with its options; SGD with learning rate 0.01, momentum 0.9 and weight
+            decay 5e-4 where not given.
+        schedule: The learning rate's course over the optimiser's steps.
+        backbone_lr_factor: The backbone's learning rate in units of the optimiser's.
+        decay_norm_and_bias: Whether weight decay also pulls at normalisation weights and biases.
+        channels_last: Keep images and weights in the memory format that is faster for convolutions nearly everywhere.
+
+    Raises:
+        ValueError: Parts that do not fit together, or that a checkpoint could not describe.
+    """
+
+    def __init__(
+        self,
+        backbone: TimmBackbone,
+        head: HeadFactory = DeepLabV3Plus,
+        *,
+        classes: ClassInfo,
+        aux_head: HeadFactory | None = None,
+        aux_weight: float = 0.4,
+        preprocess: Preprocess | None = None,
+        loss: LossFactory = CrossEntropy,
+        optimizer: OptimizerFactory | None = None,
+        schedule: Poly = Poly(),
+        backbone_lr_factor: float = 1.0,
+        decay_norm_and_bias: bool = False,
+        channels_last: bool = True,
+    ) -> None:
+        super().__init__()
+        optimizer = optimizer or SGD_RECIPE
+        self.classes = classes
+        self.model = SegmentationModel(
+            backbone,
+            head(backbone.info, len(classes)),
+            aux_head and aux_head(backbone.info, len(classes)),
+            preprocess=preprocess,
+        )
+        self.aux_weight = aux_weight
+        self.loss = loss(classes)
+        self.score = SegmentationScore(classes)
+        self.confusion: Tensor | None = None
+        """The confusion matrix ``(K, K)`` of the last whole evaluation, over all ranks."""
+        self.optimizer_factory = optimizer
+        self.schedule = schedule
+        self.backbone_lr_factor = backbone_lr_factor
+        self.decay_norm_and_bias = decay_norm_and_bias
+        self.channels_last = channels_last
+        if channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self._factories = {
+            "head": describe(head),
+            "aux_head": aux_head and describe(aux_head),
+            "loss": describe(loss),
+            "optimizer": describe(optimizer),
+        }
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The arguments that build this task again, without weights: plain values."""
+        return {
+            "backbone": self.model.backbone.options(),
+            **self._factories,
+            "classes": dataclasses.asdict(self.classes),
+            "aux_weight": self.aux_weight,
+            "preprocess": dataclasses.asdict(self.model.preprocess),
+            "schedule": dataclasses.asdict(self.schedule),
+            "backbone_lr_factor": self.backbone_lr_factor,
+            "decay_norm_and_bias": self.decay_norm_and_bias,
+            "channels_last": self.channels_last,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: dict[str, Any], *, trust: Collection[str] = ()) -> SegmentationTask:
+        """Build what `spec` describes, with fresh weights.
+
+        Args:
+            spec: As from the property of that name.
+            trust: Class paths from outside the package and its plug-ins that may be imported.
+
+        Raises:
+            ValueError: A class that may not or cannot be imported.
+        """
+        spec = dict(spec)
+        factories = {
+            name: value and build(value, registry=HEADS, trust=trust)
+            for name, value in spec.items()
+            if name in ("head", "aux_head", "loss", "optimizer")
+        }
+        return cls(
+            TimmBackbone(**spec.pop("backbone")),
+            classes=ClassInfo(**spec.pop("classes")),
+            preprocess=Preprocess(**spec.pop("preprocess")),
+            schedule=Poly(**spec.pop("schedule")),
+            **{**spec, **factories},
+        )
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | os.PathLike[str], *, trust: Collection[str] = ()
+    ) -> SegmentationTask:
+        """The task of a checkpoint, with its weights, on the CPU and in eval mode. Needs no argument and no network.
+
+        Args:
+            checkpoint_path: A file that a run has written.
+            trust: Class paths from outside the package and its plug-ins that may be imported.
+
+        Raises:
+            ValueError: A file that is missing, damaged or no checkpoint of this package.
+        """
+        checkpoint = read_checkpoint(checkpoint_path)
+        task = cls.from_spec(checkpoint[SPEC_KEY], trust=trust)
+        task.load_state_dict(checkpoint["state_dict"], strict=True)
+        return task.eval()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Image ``(B, C, H, W)``, uint8 or floating in 0..1 → logits ``(B, K, H, W)``."""
+        return self.model(image)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The loss of one batch."""
+        logits, aux = self.model.forward_train(self._image(batch))
+        loss = self.loss(logits, batch["mask"])
+        if aux is not None:
+            loss = loss + self.aux_weight * self.loss(aux, batch["mask"])
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["image"]))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score one batch."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score one batch."""
+        self._evaluate(batch, "test")
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        logits = self.model.logits(self._image(batch))
+        self.score.update(logits, batch["mask"])
+        loss = self.loss(logits, batch["mask"])
+        self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(batch["image"]))
+
+    def _image(self, batch: Batch) -> Tensor:
+        image = batch["image"]
+        return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the scores of the whole data set."""
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log the scores of the whole data set."""
+        self._log_scores("test")
+
+    def _log_scores(self, stage: str) -> None:
+        self.confusion = self.score.compute().cpu()
+        self.score.reset()
+        # on every rank the same numbers: the matrix is already summed
+        for name, value in scores(self.confusion).items():
+            self.log(f"{stage}/{name}", value.to(self.device), prog_bar=name == "miou", sync_dist=True)
+        for name, iou in zip(self.classes.names, class_iou(self.confusion), strict=True):
+            self.log(f"{stage}/iou/{name}", iou.to(self.device), sync_dist=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimiser over the parameter groups, and the schedule by step."""
+        groups = parameter_groups(
+            self.model,
+            self.model.backbone,
+            backbone_lr_factor=self.backbone_lr_factor,
+            decay_norm_and_bias=self.decay_norm_and_bias,
+        )
+        optimizer = build_optimizer(self.optimizer_factory, groups)
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("the schedule needs to know where training ends; give trainer.max_epochs or max_steps")
+        scheduler = self.schedule.scheduler(optimizer, int(steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the description from which `load_from_checkpoint` builds the task."""
+        checkpoint[SPEC_KEY] = self.spec
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model or other classes, before its tensors are found not to fit.
+
+        Raises:
+            ValueError: What differs.
+        """
+        theirs = checkpoint.get(SPEC_KEY)
+        if theirs is None:
+            raise ValueError("this checkpoint was not written by lightning-atrous; it does not say what it is made of")
+        ours = self.spec
+        for what, key in (("backbone", "name"), ("head", "class_path")):
+            if theirs[what][key] != ours[what][key]:
+                raise ValueError(
+                    f"the checkpoint's {what} is {theirs[what][key]}, but this run builds {ours[what][key]}; "
+                    f"give the same model, or leave it out and the checkpoint's own is built"
+                )
+        if tuple(theirs["classes"]["names"]) != self.classes.names:
+            raise ValueError(
+                f"the checkpoint was trained on the classes {', '.join(theirs['classes']['names'])}, but the data has "
+                f"{', '.join(self.classes.names)}; give data of the same classes"
+            )
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A checkpoint's content: plain values and tensors, on the CPU; nothing in it is executed.
+
+    Raises:
+        ValueError: A file that is missing, damaged or no checkpoint of this package.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no checkpoint at {path}; give the path of a .ckpt file that a run has written")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated archives, foreign pickles: each has its own error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, or holds more than "
+            f"tensors and plain values; take another checkpoint of the run"
+        ) from error
+    if not isinstance(checkpoint, dict) or SPEC_KEY not in checkpoint:
+        raise ValueError(f"{path} was not written by lightning-atrous; it does not say what it is made of")
+    return checkpoint

@@ -1,0 +1,146 @@
+"""Joint transforms of an image and its mask, on torchvision's ``tv_tensors``.
+
+One class, because the order is part of the method: the window is cut before anything is resized, the
+colours are changed before the padding is added, and every random number comes from one generator.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+__all__ = ["Augment", "Sample", "distort", "window"]
+
+GREY = 124
+"""What the padding of an image is filled with: the mean of ImageNet, about zero once normalised."""
+
+
+class Sample(TypedDict):
+    """One image with its labels.
+
+    Keys:
+        image: uint8 ``(C, H, W)``.
+        mask: Integer ``(H, W)``: classes ``0..K-1`` or the ignore index.
+        name: Tells the sample from the others of its split.
+    """
+
+    image: tv_tensors.Image
+    mask: tv_tensors.Mask
+    name: str
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Random scale, crop, flip and photometric distortion of training samples.
+
+    Args:
+        crop: Height and width of what comes out, whatever comes in.
+        scale: Lowest and highest factor on the image's own size; uniform between them.
+        flip: Probability of a horizontal flip, in 0..1.
+        distort: Probability of each of the four changes of colour, in 0..1.
+
+    Raises:
+        ValueError: A crop below two pixels, a scale that is not positive or runs backwards, a probability
+            outside 0..1.
+    """
+
+    crop: tuple[int, int] = (512, 512)
+    scale: tuple[float, float] = (0.5, 2.0)
+    flip: float = 0.5
+    distort: float = 0.5
+
+    def __post_init__(self) -> None:
+        if len(self.crop) != 2 or min(self.crop) < 2:
+            raise ValueError(f"crop must be a height and a width of at least 2 pixels, got {tuple(self.crop)}")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
+            raise ValueError(f"scale must be two positive factors, the lower first, got {tuple(self.scale)}")
+        for name, p in (("flip", self.flip), ("distort", self.distort)):
+            if not 0 <= p <= 1:
+                raise ValueError(f"{name} is a probability and must lie in 0..1, got {p}")
+
+    def __call__(
+        self, sample: Sample, generator: torch.Generator | None = None, *, ignore_index: int = 255
+    ) -> Sample:
+        """Transform one sample; the given one is left as it is.
+
+        Args:
+            sample: Image uint8 ``(3, H, W)`` and mask ``(H, W)`` of any size.
+            generator: Decides everything; torch's global one by default.
+            ignore_index: What the mask is padded with where the image has ended.
+        """
+        s = _uniform(*self.scale, generator)
+        image, mask = sample["image"].as_subclass(Tensor), sample["mask"].as_subclass(Tensor)
+        height, width = image.shape[-2:]
+        y, pad_y = window(height, self.crop[0], s, _uniform(0, 1, generator))
+        x, pad_x = window(width, self.crop[1], s, _uniform(0, 1, generator))
+        size = [self.crop[0] - sum(pad_y), self.crop[1] - sum(pad_x)]
+        image = F.resize_image(image[:, y, x], size, antialias=True)
+        # exact: the label at the centre of each pixel; plain NEAREST would shift it by up to half a pixel
+        mask = F.resize_image(mask[None, y, x], size, interpolation=InterpolationMode.NEAREST_EXACT)
+        image = distort(image, self.distort, generator)
+        padding = [pad_x[0], pad_y[0], pad_x[1], pad_y[1]]
+        image = F.pad_image(image, padding, fill=GREY)
+        mask = F.pad_image(mask, padding, fill=ignore_index)[0]
+        if _uniform(0, 1, generator) < self.flip:
+            image, mask = image.flip(-1), mask.flip(-1)
+        return Sample(image=tv_tensors.Image(image), mask=tv_tensors.Mask(mask), name=sample["name"])
+
+
+def window(length: int, crop: int, scale: float, position: float) -> tuple[slice, tuple[int, int]]:
+    """Where a crop of the scaled image lies in the image itself, along one axis.
+
+    Cutting first and resizing after leaves ``crop`` pixels to compute, where scaling the whole image would
+    leave ``scale · length``. The window is whole pixels wide, so the scale is met to within half a pixel.
+
+    Args:
+        length: Of the image, in pixels.
+        crop: Of the result, in pixels.
+        scale: Pixels of the result per pixel of the image.
+        position: In 0..1: of the window in the image or, if the window is larger, of the image in the window.
+
+    Returns:
+        The slice of the image to resize, and the padding before and after it in the result, of which at least
+        two pixels are left: torch resizes uint8 wrongly to a width of one.
+    """
+    size = max(1, round(crop / scale))
+    spare = length - size
+    # a whole number of places, each equally likely; below 0 the image starts inside the window
+    start = min(int(position * (abs(spare) + 1)), abs(spare)) * (1 if spare > 0 else -1)
+    first, last = max(0, start), min(length, start + size)
+    before = min(round((first - start) * crop / size), crop - 2)
+    after = max(before + 2, round((last - start) * crop / size))
+    return slice(first, last), (before, crop - after)
+
+
+def distort(image: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
+    """Brightness, contrast, saturation and hue, each changed with probability ``p``.
+
+    The ranges are those of torchvision's ``RandomPhotometricDistort`` (after SSD, Liu et al. 2016), without
+    the permutation of channels: a green sky teaches nothing.
+
+    Args:
+        image: uint8 ``(3, H, W)``.
+        p: In 0..1.
+        generator: Torch's global one by default.
+    """
+    steps = (
+        (F.adjust_brightness_image, 0.875, 1.125),
+        (F.adjust_contrast_image, 0.5, 1.5),
+        (F.adjust_saturation_image, 0.5, 1.5),
+        (F.adjust_hue_image, -0.05, 0.05),
+    )
+    for adjust, low, high in steps:
+        if _uniform(0, 1, generator) < p:
+            image = adjust(image, _uniform(low, high, generator))
+    return image
+
+
+def _uniform(low: float, high: float, generator: torch.Generator | None) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))

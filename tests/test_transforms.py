@@ -1,0 +1,176 @@
+"""The joint transforms: alignment, labels, sizes, and what a seed decides."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from torchvision import tv_tensors
+
+from lightning_atrous.transforms import GREY, Augment, Sample, distort, window
+
+
+def make(image: torch.Tensor, mask: torch.Tensor) -> Sample:
+    return Sample(image=tv_tensors.Image(image), mask=tv_tensors.Mask(mask), name="a")
+
+
+def random_sample(height: int, width: int, *, dtype: torch.dtype = torch.uint8) -> Sample:
+    g = torch.Generator().manual_seed(height * 1000 + width)
+    image = torch.randint(0, 256, (3, height, width), generator=g, dtype=torch.uint8)
+    mask = torch.randint(0, 3, (height, width), generator=g).to(dtype) * 2
+    return make(image, mask)
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 90), (7, 13), (64, 48), (131, 257)])
+@pytest.mark.parametrize("crop", [(2, 2), (33, 65), (64, 48)])
+@pytest.mark.parametrize("scale", [(0.5, 2.0), (1.0, 1.0), (0.01, 0.01), (40.0, 40.0)])
+def test_any_image_gives_the_crop_and_no_new_labels(
+    size: tuple[int, int], crop: tuple[int, int], scale: tuple[float, float]
+) -> None:
+    sample = random_sample(*size)
+    for seed in range(4):
+        out = Augment(crop, scale)(sample, seeded(seed))
+        assert out["image"].shape == (3, *crop)
+        assert out["mask"].shape == crop
+        assert (out["image"].dtype, out["mask"].dtype) == (torch.uint8, torch.uint8)
+        assert isinstance(out["image"], tv_tensors.Image)
+        assert isinstance(out["mask"], tv_tensors.Mask)
+        assert set(out["mask"].unique().tolist()) <= set(sample["mask"].unique().tolist()) | {255}
+
+
+@pytest.mark.parametrize(("dtype", "ignore"), [(torch.uint8, 255), (torch.int64, -100), (torch.int64, 1000)])
+def test_padding_is_grey_and_ignored_and_only_where_the_image_ends(dtype: torch.dtype, ignore: int) -> None:
+    sample = make(torch.full((3, 20, 30), 200, dtype=torch.uint8), torch.full((20, 30), 4, dtype=dtype))
+    augment = Augment((50, 41), (1.0, 1.0), distort=0)
+    corners = set()
+    for seed in range(20):
+        out = augment(sample, seeded(seed), ignore_index=ignore)
+        image, mask = out["image"], out["mask"]
+        assert set(mask.unique().tolist()) == {4, ignore}
+        assert int((mask == 4).sum()) == 20 * 30
+        assert bool((image[:, mask == 4] == 200).all())
+        assert bool((image[:, mask == ignore] == GREY).all())
+        corners.add(tuple((mask == 4).nonzero()[0].tolist()))
+    assert len(corners) > 10  # the image is put anywhere in the crop
+
+
+def test_an_image_of_void_stays_void() -> None:
+    sample = make(torch.zeros(3, 40, 40, dtype=torch.uint8), torch.full((40, 40), 255, dtype=torch.uint8))
+    assert bool((Augment((32, 32))(sample, seeded(0))["mask"] == 255).all())
+
+
+@pytest.mark.parametrize("scale", [0.6, 0.71, 1.0, 1.37, 2.0])
+def test_image_and_mask_stay_aligned(scale: float) -> None:
+    """A disk's centre of mass is the same in both: they differ by 0.05 pixels at most, NEAREST by more."""
+    y, x = torch.meshgrid(torch.arange(120), torch.arange(140), indexing="ij")
+    augment = Augment((250, 250), (scale, scale), flip=0, distort=0)
+    shifts = []
+    for seed in range(16):
+        cy, cx = (50 + 20 * torch.rand(2, generator=seeded(seed))).tolist()
+        disk = ((y - cy) ** 2 + (x - cx) ** 2 < 25**2).to(torch.uint8)
+        out = augment(make((disk * 255).expand(3, -1, -1).contiguous(), disk), seeded(seed))
+        valid = out["mask"] != 255
+        image = (out["image"][0].float() / 255 * valid).as_subclass(torch.Tensor)
+        mask = (out["mask"] == 1).as_subclass(torch.Tensor).float()
+        assert mask.sum() == pytest.approx(3.1416 * (25 * scale) ** 2, rel=0.05)
+        for axis in (0, 1):
+            place = torch.arange(250.0).unsqueeze(1 - axis)
+            shifts.append(float((image * place).sum() / image.sum() - (mask * place).sum() / mask.sum()))
+        assert float((image - mask).abs().mean()) < 0.01
+    assert max(map(abs, shifts)) < 0.3
+    assert abs(sum(shifts) / len(shifts)) < 0.05
+
+
+def test_at_scale_one_the_crop_is_a_piece_of_the_image() -> None:
+    sample = random_sample(40, 50)
+    pieces = {}
+    for top in range(21):
+        for left in range(31):
+            pieces[sample["image"][:, top : top + 20, left : left + 20].numpy().tobytes()] = (top, left)
+    found = set()
+    for seed in range(60):
+        out = Augment((20, 20), (1.0, 1.0), flip=0, distort=0)(sample, seeded(seed))
+        top, left = pieces[out["image"].numpy().tobytes()]
+        assert torch.equal(out["mask"], sample["mask"][top : top + 20, left : left + 20])
+        found.add((top, left))
+    assert len(found) > 40
+
+
+def test_flip_is_certain_at_one_and_absent_at_zero() -> None:
+    sample = random_sample(16, 16)
+    plain = Augment((16, 16), (1.0, 1.0), flip=0, distort=0)(sample)
+    assert torch.equal(plain["image"], sample["image"])
+    assert torch.equal(plain["mask"], sample["mask"])
+    flipped = Augment((16, 16), (1.0, 1.0), flip=1, distort=0)(sample)
+    assert torch.equal(flipped["image"], sample["image"].flip(-1))
+    assert torch.equal(flipped["mask"], sample["mask"].flip(-1))
+
+
+def test_distortion_changes_colours_within_bounds_and_nothing_else() -> None:
+    sample = random_sample(24, 24)
+    before = sample["image"].clone()
+    out = Augment((24, 24), (1.0, 1.0), flip=0, distort=1)(sample, seeded(0))
+    assert not torch.equal(out["image"], sample["image"])
+    assert torch.equal(out["mask"], sample["mask"])
+    assert torch.equal(sample["image"], before)  # the given sample is left as it is
+    grey = torch.full((3, 8, 8), 100, dtype=torch.uint8)
+    levels = [int(distort(grey, 1, seeded(seed))[0, 0, 0]) for seed in range(50)]
+    assert 85 <= min(levels) < 95  # only brightness moves an even grey: 0.875 to 1.125
+    assert 105 < max(levels) <= 114
+
+
+def test_the_seed_decides_all_and_the_global_generator_nothing() -> None:
+    sample, augment = random_sample(60, 60), Augment((32, 32))
+    first = augment(sample, seeded(3))
+    state = torch.get_rng_state()
+    torch.rand(5)
+    second = augment(sample, seeded(3))
+    assert torch.equal(first["image"], second["image"])
+    assert torch.equal(first["mask"], second["mask"])
+    torch.set_rng_state(state)
+    augment(sample, seeded(4))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(augment(sample, seeded(4))["image"], first["image"])
+
+
+@pytest.mark.parametrize("length", [1, 5, 64, 101])
+@pytest.mark.parametrize("crop", [2, 8, 65])
+def test_windows_are_inside_and_reach_both_ends(length: int, crop: int) -> None:
+    for scale in (0.05, 0.5, 0.9, 1.0, 1.7, 30.0):
+        ends = set()
+        for position in torch.linspace(0, 0.9999, 300).tolist():
+            piece, (before, after) = window(length, crop, scale, position)
+            assert 0 <= piece.start < piece.stop <= length
+            assert before >= 0
+            assert after >= 0
+            assert crop - before - after >= 2
+            ends |= {
+                ("start", piece.start == 0 and before == 0),
+                ("stop", piece.stop == length and after == 0),
+            }
+        if length * scale >= 1 and length <= 300:
+            assert {("start", True), ("stop", True)} <= ends
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop": (-3, 8)}, "crop must be a height and a width of at least 2 pixels, got (-3, 8)"),
+        ({"crop": (8, 1)}, "crop must be a height and a width"),
+        ({"crop": (8,)}, "crop must be a height and a width"),
+        ({"scale": (2.0, 0.5)}, "scale must be two positive factors, the lower first, got (2.0, 0.5)"),
+        ({"scale": (0.0, 1.0)}, "scale must be two positive factors"),
+        ({"scale": (1.0, float("inf"))}, "scale must be two positive factors"),
+        ({"flip": 1.5}, "flip is a probability and must lie in 0..1, got 1.5"),
+        ({"distort": -0.1}, "distort is a probability"),
+        ({"flip": float("nan")}, "flip is a probability"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Augment(**options)
