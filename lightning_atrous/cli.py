@@ -8,11 +8,12 @@ import logging
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.trainer import Trainer
 from rich.console import Console
@@ -52,6 +53,8 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End with exit code 2 and say what is wrong, what it is close to, and where to read on."""
+        if not self.exit_on_error:  # the parser of a part, whose error the whole one words
+            super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
         sys.stderr.write(f"{prog}: error: {clarify(message, parser)}\nAll options: {prog} --help\n")
@@ -92,7 +95,7 @@ class TrainingCLI(LightningCLI):
             parser_kwargs={
                 "prog": "lightning-atrous",
                 "allow_abbrev": False,
-                **{verb: {"allow_abbrev": False} for verb in self.subcommands()},
+                **{verb: {"prog": f"lightning-atrous {verb}", "allow_abbrev": False} for verb in self.subcommands()},
             },
             args=list(arguments),
             auto_configure_optimizers=False,
@@ -144,6 +147,16 @@ class TrainingCLI(LightningCLI):
         if self.subcommand != "fit" and trainer.logger is None:
             trainer.logger = False
 
+    def instantiate_classes(self) -> None:
+        """Build data, task and trainer; what they refuse was typed."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            complaint = Complaint.of(error, exit_code=2)
+            if complaint is None:
+                raise
+            raise complaint from error
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the run's logger, checkpoints, progress and table."""
         config = self.config[self.subcommand].trainer
@@ -160,6 +173,8 @@ class TrainingCLI(LightningCLI):
                     ),
                     ModelCheckpoint(directory, "last", enable_version_counter=False),
                 ]
+            if config.logger is not False:
+                callbacks.append(LearningRateMonitor("step"))
             if config.logger is None:
                 kwargs["logger"] = AppendingCSVLogger(str(self.run_dir))
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
@@ -271,11 +286,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
-        VERBS[verb][1](arguments)
+        with warnings.catch_warnings():
+            # Lightning's own use of torch's tree functions; nothing that a user could change
+            warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning)
+            VERBS[verb][1](arguments)
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise
-        complaint = Complaint.of(error)
+        complaint = Complaint.of(error, exit_code=1)
         if complaint is None:
             traceback.print_exc()
             sys.exit(1)

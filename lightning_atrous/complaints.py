@@ -9,12 +9,13 @@ import re
 import traceback
 from pathlib import Path
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from lightning_atrous.registry import close_matches
 
 __all__ = ["Complaint", "clarify"]
 
 _PACKAGE = Path(__file__).parent
-_DATA = (_PACKAGE / "data", _PACKAGE / "metrics.py")
 
 
 class Complaint(Exception):
@@ -30,22 +31,29 @@ class Complaint(Exception):
         self.exit_code = exit_code
 
     @classmethod
-    def of(cls, error: Exception) -> Complaint | None:
+    def of(cls, error: BaseException, *, exit_code: int) -> Complaint | None:
         """The complaint in an error, or None where the error is a defect that needs its traceback.
 
-        A ValueError that this package raised on purpose is one sentence already. One that came out of a library is not.
+        A ValueError that this package raised on purpose is one sentence already, also where a library has caught and
+        wrapped it. One that came out of a library is not.
+
+        Args:
+            error: As caught.
+            exit_code: For a complaint that has none yet.
         """
         if isinstance(error, Complaint):
             return error
-        in_worker = re.search(r"Caught \w+ in DataLoader worker process.*^(?:\w+\.)*\w+: (.*)", str(error), re.S | re.M)
-        if in_worker and isinstance(error, ValueError):
-            return cls(in_worker[1].strip(), exit_code=1)
-        if type(error).__name__ == "MisconfigurationException":
-            return cls(" ".join(str(error).split()), exit_code=2)
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError) and raised_in.is_relative_to(_PACKAGE):
-            return cls(str(error), exit_code=1 if any(raised_in.is_relative_to(part) for part in _DATA) else 2)
-        return None
+        if isinstance(error, MisconfigurationException):
+            return cls(" ".join(str(error).split()), exit_code=exit_code)
+        if isinstance(error, ValueError):
+            # a loader's worker sends its traceback as text
+            if match := re.search(r"in DataLoader worker process.*^ValueError: (.*)", str(error), re.S | re.M):
+                return cls(match[1].strip(), exit_code=exit_code)
+            raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+            if raised_in.is_relative_to(_PACKAGE):
+                return cls(str(error), exit_code=exit_code)
+        wrapped = error.__cause__ or error.__context__
+        return wrapped and cls.of(wrapped, exit_code=exit_code)
 
 
 def clarify(message: str, parser: argparse.ArgumentParser) -> str:

@@ -1,7 +1,7 @@
 """À trous: a strided network turned, in place and exactly, into one of a finer output stride.
 
 Where a network gives up a stride, what follows takes its taps at holes (trous) of that width, and every
-``k``-th position of the dense map is the map of before. With the same weights, in eval mode, borders included:
+``k``-th position of the dense map is the map of before. With the same weights, in eval mode, borders too:
 
     ``dilated(x)[..., ::k, ::k] == strided(x)``,  ``k`` = old stride / new stride.
 
@@ -82,7 +82,7 @@ class Dilation:
 
     @property
     def output_stride(self) -> int:
-        """The coarsest of `reductions`. Setting it rewrites the module in place, and proves the result.
+        """The coarsest of `reductions`. Setting it rewrites the module in place, once that is proved.
 
         Raises:
             ValueError: Not a power of two up to `native`.
@@ -307,9 +307,10 @@ def _rewrite(op: _Op, output_stride: int) -> dict[str, Any]:
     """
     first, *others = (_rewrite_call(op, call, output_stride) for call in op.calls)
     if any(other != first for other in others):
+        strides = sorted({call.stride_in for call in op.calls})
         raise DilationError(
-            f"output stride {output_stride} is out of reach: '{op.name}' ({type(op.module).__name__}) is called "
-            f"at the strides {sorted(call.stride_in for call in op.calls)}, and an op has one dilation"
+            f"output stride {output_stride} is not exact for this network: '{op.name}' "
+            f"({type(op.module).__name__}) is called at the strides {strides}, and an op has one dilation"
         )
     return first
 
@@ -376,7 +377,7 @@ class _Pad(NamedTuple):
 
 
 def _pad(reach: int, stride: int, padding: int, rate: int, given_up: int, call: _Call) -> _Pad:
-    """What goes around a map of ``rate`` times the pixels, for a kernel that has seen ``reach + 1`` of the old."""
+    """What goes around a map of ``rate`` times the pixels, for a kernel that saw ``reach + 1`` of the old."""
     if call.pads_itself:  # at stride 1 half the reach on the left, but on an even strided map that much:
         left = rate * (max(reach + 1 - stride, 0) // 2)
         shift = rate * reach // 2 - left
@@ -403,8 +404,8 @@ def _pair(value: Any) -> tuple[int, int]:
 class _Forward:
     """The forward of a rewritten op, where attributes alone can't say it.
 
-    The op's own forward stays inside (it may standardise its weights). Around it the map is padded unequally
-    on its two sides, and split into phases: on every ``phases``-th pixel, an undilated kernel is a dilated one.
+    The op's own forward stays inside (it may standardise its weights). Around it the map is padded, unequally
+    on its sides, and split into phases: on every ``phases``-th pixel, an undilated kernel is a dilated one.
     """
 
     op: nn.Module
@@ -480,7 +481,7 @@ def _hooked(module: nn.Module, *, before: _Hook | None = None, after: _Hook | No
 
 
 def _drawn(module: nn.Module, generator: torch.Generator, dtype: torch.dtype) -> dict[int, Any]:
-    """A memo for `copy.deepcopy`: for every parameter a drawn one, never zero, on the CPU; buffers as they are.
+    """A memo for `copy.deepcopy`: in place of every parameter a drawn one, on the CPU; buffers as they are.
 
     Kernels and matrices keep the second moment through a ReLU (He et al. 2015), scales are about one.
     """

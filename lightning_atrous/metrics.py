@@ -158,7 +158,10 @@ class SegmentationScore(Metric):
         self.confusion += confusion_matrix(prediction, target, self.classes)
 
     def compute(self) -> Tensor:
-        """``(K, K)`` int64, the target's class in rows, summed over all ranks."""
+        """``(K, K)`` int64, the target's class in rows, summed over all ranks.
+
+        For a single class torchmetrics squeezes the result to a scalar, as it does with every tensor of one element.
+        """
         return self.confusion
 
 

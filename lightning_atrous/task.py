@@ -199,7 +199,8 @@ class SegmentationTask(L.LightningModule):
         self._log_scores("test")
 
     def _log_scores(self, stage: str) -> None:
-        self.confusion = self.score.compute().cpu()
+        k = len(self.classes)
+        self.confusion = self.score.compute().cpu().reshape(k, k)
         self.score.reset()
         # on every rank the same numbers: the matrix is already summed
         for name, value in scores(self.confusion).items():

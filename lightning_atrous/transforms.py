@@ -51,14 +51,16 @@ class Augment:
             outside 0..1.
     """
 
-    crop: tuple[int, int] = (512, 512)
+    crop: tuple[int, int]
     scale: tuple[float, float] = (0.5, 2.0)
     flip: float = 0.5
     distort: float = 0.5
 
     def __post_init__(self) -> None:
         if len(self.crop) != 2 or min(self.crop) < 2:
-            raise ValueError(f"crop must be a height and a width of at least 2 pixels, got {tuple(self.crop)}")
+            raise ValueError(
+                f"crop must be a height and a width of at least 2 pixels, got {tuple(self.crop)}"
+            )
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
             raise ValueError(f"scale must be two positive factors, the lower first, got {tuple(self.scale)}")
         for name, p in (("flip", self.flip), ("distort", self.distort)):

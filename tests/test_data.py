@@ -70,7 +70,7 @@ def camvid(tmp_path: Path) -> Path:
         for i in range(number):
             name = f"{split}_{i}.png"
             save_image(root / split / name, 36, 48, seed=i)
-            save_mask(root / f"{split}annot" / name, np.arange(36 * 48, dtype=np.uint8).reshape(36, 48) % 12)
+            save_mask(root / f"{split}annot" / name, labels)
             lines.append(f"/SegNet/CamVid/{split}/{name} /SegNet/CamVid/{split}annot/{name}\n")
         (root / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
     return root
@@ -250,7 +250,7 @@ def test_shapes_images_are_what_they_should_be() -> None:
     assert set(np.flatnonzero(share)) == {*range(7), 255}
     assert share[0] < 0.75
     assert share[1:7].min() > 0.015
-    assert 0.03 < share[255] < 0.12
+    assert 0.03 < share[255] < 0.15
 
 
 @pytest.mark.parametrize("size", [32, 33, 101])
@@ -282,25 +282,23 @@ def test_forms_fill_their_radius(form: int) -> None:
     assert inside.mean() * 2.4**2 == pytest.approx(area, rel=0.01)
 
 
+def labelled_colours(split: Split, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """For each pixel that is not void: which of 8³ bins its colour is in, and its class."""
+    dataset = ShapesDataset(split, length)
+    samples = [dataset[i] for i in range(length)]
+    red, green, blue = torch.stack([s["image"] for s in samples], dim=1).numpy().astype(int) // 32
+    labels = torch.stack([s["mask"] for s in samples]).numpy()
+    return (red * 64 + green * 8 + blue)[labels != 255], labels[labels != 255]
+
+
 def test_colour_alone_does_not_tell_the_classes() -> None:
-    """The best classifier of single pixels, a vote in each of 8³ bins of colour, stays below 0.25 mIoU."""
-    votes = np.zeros((512, 7))
-    confusion = np.zeros((7, 7))
-
-    def pixels(split: Split, length: int) -> tuple[np.ndarray, np.ndarray]:
-        samples = [ShapesDataset(split, length)[i] for i in range(length)]
-        colour = np.stack([s["image"].numpy().astype(int) // 32 for s in samples])
-        labels = np.stack([s["mask"].numpy().astype(int) for s in samples])
-        bins = colour[:, 0] * 64 + colour[:, 1] * 8 + colour[:, 2]
-        return bins[labels != 255], labels[labels != 255]
-
-    bins, labels = pixels("train", 1000)
-    np.add.at(votes, (bins, labels), 1)
-    # the vote that serves IoU best is not by number but by likelihood: try both
+    """The best classifiers of single pixels, by majority and by likelihood, stay below 0.25 mIoU."""
+    bins, labels = labelled_colours("train", 1000)
+    votes = np.bincount(bins * 7 + labels, minlength=512 * 7).reshape(512, 7)
+    bins, labels = labelled_colours("val", 200)
     for weights in (np.ones(7), 1 / votes.sum(0)):
-        best = (votes * weights).argmax(1)
-        bins, labels = pixels("val", 200)
-        confusion = np.bincount(labels * 7 + best[bins], minlength=49).reshape(7, 7)
+        prediction = (votes * weights).argmax(1)[bins]
+        confusion = np.bincount(labels * 7 + prediction, minlength=49).reshape(7, 7)
         union = confusion.sum(0) + confusion.sum(1) - confusion.diagonal()
         assert (confusion.diagonal() / union).mean() < 0.25
 

@@ -80,7 +80,10 @@ def test_aspp_equals_its_definition() -> None:
     ("build", "says"),
     [
         (functools.partial(DeepLabV3Plus, (FeatureInfo(384, 16),)), "needs a feature level of stride 4.*fcn"),
-        (functools.partial(DeepLabV3, info_at(32), rates=(5,)), "atrous rate 5, quoted at output stride 16, would be 2.5"),
+        (
+            functools.partial(DeepLabV3, info_at(32), rates=(5,)),
+            "atrous rate 5, quoted at output stride 16, would be 2.5",
+        ),
         (functools.partial(DeepLabV3, info_at(32), rates=(1,), rates_at=8), "would be 0.25"),
         (functools.partial(FCN, info_at(16), level=4), "level 4 asked of a backbone with 4 levels"),
         (functools.partial(FCN, info_at(16), convs=-1), "convs must be 0 or more"),

@@ -43,5 +43,7 @@ def test_only_known_classes_are_imported() -> None:
         build({"class_path": "os.system", "init_args": {}})
     with pytest.raises(ValueError, match="cannot be imported"):
         build({"class_path": "lightning_atrous.heads.gone.Head", "init_args": {}})
-    assert build({"class_path": "collections.OrderedDict", "init_args": {"a": 1}}, trust=["collections.OrderedDict"])() == {"a": 1}
+    assert build(
+        {"class_path": "collections.OrderedDict", "init_args": {"a": 1}}, trust=["collections.OrderedDict"]
+    )() == {"a": 1}
     assert isinstance(build(describe(FCN), registry=HEADS)(INFO, 2), FCN)

@@ -173,4 +173,4 @@ def test_windows_are_inside_and_reach_both_ends(length: int, crop: int) -> None:
 )
 def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
-        Augment(**options)
+        Augment(**{"crop": (8, 8), **options})

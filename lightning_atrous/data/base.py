@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 from torchvision import tv_tensors
 
 from lightning_atrous.transforms import Augment, Sample
@@ -254,7 +254,10 @@ class SegmentationData(LightningDataModule, ABC):
 
     def _eval_loader(self, split: Split) -> DataLoader:
         dataset = self.dataset(split)
-        sampler = UnrepeatedDistributedSampler(dataset, *self._ranks(), shuffle=False)
+        ranks, rank = self._ranks()
+        sampler: Sampler[int] = SequentialSampler(cast(Any, dataset))
+        if ranks > 1:  # Lightning's own choice would repeat images until all ranks have as many
+            sampler = UnrepeatedDistributedSampler(dataset, ranks, rank, shuffle=False)
         return self._loader(dataset, sampler, self.eval_batch_size, drop_last=False)
 
     def _ranks(self) -> tuple[int, int]:
@@ -262,7 +265,7 @@ class SegmentationData(LightningDataModule, ABC):
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
     def _loader(
-        self, dataset: Dataset[Sample], sampler: DistributedSampler, batch_size: int, *, drop_last: bool
+        self, dataset: Dataset[Sample], sampler: Sampler[Any], batch_size: int, *, drop_last: bool
     ) -> DataLoader:
         return DataLoader(
             dataset,

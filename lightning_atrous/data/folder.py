@@ -11,7 +11,7 @@ from lightning_atrous.types import ClassInfo
 __all__ = ["Folder"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-AUGMENT = Augment()
+AUGMENT = Augment(crop=(512, 512))
 
 
 class Folder(SegmentationData):

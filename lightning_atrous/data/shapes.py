@@ -1,7 +1,7 @@
 """Synthetic images, made in memory, whose classes differ by form alone.
 
 Colours and textures of shapes and background come from one distribution, so that a pixel tells nothing
-without its neighbourhood: a network has to see borders and corners, at two octaves of scale. It is made for
+without its neighbourhood: a network has to see outlines and corners, at two octaves of scale. It is made for
 trying things out, and for tests that must learn something in minutes.
 """
 
@@ -34,7 +34,7 @@ SHAPES = ClassInfo(
         (213, 94, 0),
     ),
 )
-DIAMETER = (0.175, 0.7)
+DIAMETER = (0.2, 0.8)
 """Smallest and largest diameter of a shape, over the size of the image; uniform in its logarithm."""
 
 Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -42,12 +42,12 @@ Distance = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def draw(
-    rng: np.random.Generator, size: int = 128, *, shapes: tuple[int, int] = (3, 6)
+    rng: np.random.Generator, size: int = 96, *, shapes: tuple[int, int] = (3, 5)
 ) -> tuple[np.ndarray, np.ndarray]:
     """One image with its mask.
 
-    Shapes are turned at random and overlap, the smaller over the larger. A border of about 2 pixels around
-    each is void. The same state of the generator gives the same image on every platform.
+    Shapes are turned at random and overlap, the smaller over the larger. Each has a dark outline of 2 pixels,
+    which is void in the mask. The same state of the generator gives the same image on every platform.
 
     Args:
         rng: Decides everything.
@@ -74,6 +74,7 @@ def draw(
         window = slice(top, bottom), slice(left, right)
         cover = np.clip(0.5 - distance, 0, 1)[..., None]
         image[window] += cover * (_texture(rng, bottom - top, right - left) - image[window])
+        image[window] *= np.minimum(np.abs(distance), 1)[..., None]
         mask[window][distance < 1] = SHAPES.ignore_index
         mask[window][distance <= -1] = index
     image += rng.random((size, size, 3), np.float32) * 16 - 8
@@ -89,7 +90,7 @@ def _direction(rng: np.random.Generator) -> tuple[np.float32, np.float32]:
 def _texture(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Two colours mixed by a pattern: float32 ``(height, width, 3)`` in 0..255."""
     first = rng.random(3, np.float32) * 255
-    second = np.clip(first + rng.random(3, np.float32) * 160 - 80, 0, 255)
+    second = np.clip(first + rng.random(3, np.float32) * 100 - 50, 0, 255)
     y, x = np.arange(height, dtype=np.float32)[:, None], np.arange(width, dtype=np.float32)[None]
     c, s = _direction(rng)
     along, across = c * x + s * y, c * y - s * x
@@ -161,7 +162,7 @@ class ShapesDataset(Dataset[Sample]):
     """
 
     def __init__(
-        self, split: Split, length: int, *, size: int = 128, shapes: tuple[int, int] = (3, 6), seed: int = 0
+        self, split: Split, length: int, *, size: int = 96, shapes: tuple[int, int] = (3, 5), seed: int = 0
     ) -> None:
         self.split, self.length, self.size, self.shapes, self.seed = split, length, size, shapes, seed
 
@@ -203,8 +204,8 @@ class Shapes(SegmentationData):
 
     def __init__(
         self,
-        size: int = 128,
-        shapes: tuple[int, int] = (3, 6),
+        size: int = 96,
+        shapes: tuple[int, int] = (3, 5),
         *,
         train_length: int = 2000,
         val_length: int = 200,
@@ -233,7 +234,7 @@ class Shapes(SegmentationData):
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         if len(shapes) != 2 or not 0 <= shapes[0] <= shapes[1]:
             raise ValueError(
-                f"shapes must be the fewest and the most in an image, got {list(shapes)}; try [3, 6]"
+                f"shapes must be the fewest and the most in an image, got {list(shapes)}; try [3, 5]"
             )
         self.size, self.shapes, self.seed = size, shapes, seed
         self.lengths: dict[Split, int] = {"train": train_length, "val": val_length, "test": test_length}

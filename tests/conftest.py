@@ -1,0 +1,64 @@
+"""The real command, as a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(2)
+
+# Lightning calls what newer releases of jsonargparse have renamed
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
+TINY = """\
+seed_everything: 3
+trainer: {max_epochs: 2, log_every_n_steps: 1}
+model:
+  backbone: {name: test_resnet, output_stride: 16, pretrained: false}
+  head: {class_path: deeplabv3plus, init_args: {channels: 16}}
+data: {class_path: Shapes, init_args: {size: 48, train_length: 12, val_length: 6, batch_size: 4}}
+"""
+"""A run of seconds: timm's smallest residual network on small shapes."""
+
+
+@pytest.fixture
+def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty directory to run in, with ``tiny.yaml`` in it."""
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def command(workdir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run ``lightning-atrous`` with arguments, in `workdir`."""
+
+    def run(
+        *arguments: str, code: int = 0, pythonpath: Path | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_atrous", *arguments],
+            cwd=workdir,
+            env=environment(pythonpath),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == code, f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done
+
+    return run
+
+
+def environment(pythonpath: Path | None = None) -> dict[str, str]:
+    """What the command runs in: wide enough for its tables, offline."""
+    paths = [str(path) for path in (pythonpath, ROOT) if path]
+    return {**os.environ, "COLUMNS": "160", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
