@@ -141,7 +141,9 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"timm_options may not have '{option}': {_OURS[option]}")
 
 
-def _create(name: str, in_channels: int, options: Mapping[str, Any], *, full: bool = False, **weights: Any) -> Any:
+def _create(
+    name: str, in_channels: int, options: Mapping[str, Any], *, full: bool = False, **weights: Any
+) -> Any:
     """The network by timm's constructor, as features or (``full``) as the classifier it was trained as."""
     options = dict(options) if full else {"features_only": True, **options}
     try:
@@ -151,7 +153,9 @@ def _create(name: str, in_channels: int, options: Mapping[str, Any], *, full: bo
             raise
         unknown = str(error).rsplit("'", 2)[1]
         known = sorted(set(inspect.signature(type(timm.create_model(name))).parameters) - set(_OURS))
-        raise ValueError(f"{name} in timm takes no option '{unknown}'; {close_matches(unknown, known)}") from error
+        raise ValueError(
+            f"{name} in timm takes no option '{unknown}'; {close_matches(unknown, known)}"
+        ) from error
     except (RuntimeError, AttributeError) as error:
         if weights:
             raise
@@ -159,7 +163,11 @@ def _create(name: str, in_channels: int, options: Mapping[str, Any], *, full: bo
 
 
 def _load_strictly(
-    net: nn.Module, name: str, in_channels: int, options: Mapping[str, Any], pretrained: bool | str | os.PathLike[str]
+    net: nn.Module,
+    name: str,
+    in_channels: int,
+    options: Mapping[str, Any],
+    pretrained: bool | str | os.PathLike[str],
 ) -> None:
     """Fill the feature network from a classifier that timm has loaded strictly, tensor by tensor.
 
@@ -193,7 +201,9 @@ def _pretrained_classifier(
             ) from error
     path = Path(pretrained)
     if not path.is_file():
-        raise ValueError(f"pretrained weights: there is no file {path}; give the path of a timm state dict of {name}")
+        raise ValueError(
+            f"pretrained weights: there is no file {path}; give the path of a timm state dict of {name}"
+        )
     try:
         weights = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # each file format has its own errors
@@ -208,7 +218,12 @@ def _pretrained_classifier(
     try:
         classes = {"num_classes": overlay["num_classes"]} if "num_classes" in overlay else {}
         return _create(
-            name, in_channels, {**options, **classes}, full=True, pretrained=True, pretrained_cfg_overlay=overlay
+            name,
+            in_channels,
+            {**options, **classes},
+            full=True,
+            pretrained=True,
+            pretrained_cfg_overlay=overlay,
         )
     except RuntimeError as error:
         raise ValueError(
@@ -221,7 +236,8 @@ def _preprocess(cfg: Mapping[str, Any], in_channels: int) -> Preprocess:
     """timm's own mean and deviation; for other numbers of channels repeated in turn, as timm repeats the weights."""
     mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
     return Preprocess(
-        tuple(mean[i % len(mean)] for i in range(in_channels)), tuple(std[i % len(std)] for i in range(in_channels))
+        tuple(mean[i % len(mean)] for i in range(in_channels)),
+        tuple(std[i % len(std)] for i in range(in_channels)),
     )
 
 

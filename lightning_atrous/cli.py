@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.trainer import Trainer
 from rich.console import Console
 from rich.table import Table
+from torch.optim import Optimizer
 
 from lightning_atrous import __version__
 from lightning_atrous.backbone import list_backbones
@@ -25,6 +26,7 @@ from lightning_atrous.callbacks import AppendingCSVLogger, RunProgress, ScoreTab
 from lightning_atrous.complaints import Complaint, clarify
 from lightning_atrous.data import SegmentationData
 from lightning_atrous.heads import HEADS, Head
+from lightning_atrous.losses import Loss
 from lightning_atrous.names import translate_arguments, translate_yaml
 from lightning_atrous.optim import SGD_RECIPE
 from lightning_atrous.registry import close_matches
@@ -35,6 +37,8 @@ from lightning_atrous.task import SPEC_KEY, SegmentationTask, read_checkpoint
 __all__ = ["main"]
 
 SLOTS = {"model.head": (HEADS, Head), "model.aux_head": (HEADS, Head)}
+
+CLASSES = {"data": SegmentationData, "model.loss": Loss, "model.optimizer": Optimizer}
 
 TRACEBACK = "LIGHTNING_ATROUS_TRACEBACK"
 """Set this environment variable to see where an error was raised."""
@@ -57,7 +61,7 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         prog = parser.prog.replace(" [options]", "")
-        sys.stderr.write(f"{prog}: error: {clarify(message, parser)}\nAll options: {prog} --help\n")
+        sys.stderr.write(f"{prog}: error: {clarify(message, parser, CLASSES)}\nAll options: {prog} --help\n")
         sys.exit(2)
 
 
@@ -89,13 +93,20 @@ class TrainingCLI(LightningCLI):
             subclass_mode_data=True,
             save_config_callback=ConfigSaver,
             save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults={"enable_model_summary": False, "num_sanity_val_steps": 0, "log_every_n_steps": 10},
+            trainer_defaults={
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 10,
+            },
             seed_everything_default=0,
             parser_class=Parser,
             parser_kwargs={
                 "prog": "lightning-atrous",
                 "allow_abbrev": False,
-                **{verb: {"prog": f"lightning-atrous {verb}", "allow_abbrev": False} for verb in self.subcommands()},
+                **{
+                    verb: {"prog": f"lightning-atrous {verb}", "allow_abbrev": False}
+                    for verb in self.subcommands()
+                },
             },
             args=list(arguments),
             auto_configure_optimizers=False,
@@ -136,7 +147,11 @@ class TrainingCLI(LightningCLI):
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         checkpoint = config.get("ckpt_path")
-        base = Path(config.run_dir) if config.run_dir else _default_base([str(path) for path in config.config or ()])
+        base = (
+            Path(config.run_dir)
+            if config.run_dir
+            else _default_base([str(path) for path in config.config or ()])
+        )
         if checkpoint:
             parent = Path(checkpoint).absolute().parent
             self.run_dir = parent.parent if parent.name == CHECKPOINTS else parent
@@ -233,7 +248,9 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _list(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="lightning-atrous list", description="What can be put into a config.")
+    parser = argparse.ArgumentParser(
+        prog="lightning-atrous list", description="What can be put into a config."
+    )
     parser.add_argument("what", choices=("heads", "backbones"))
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, or a part of the name")
     options = parser.parse_args(list(arguments[1:]))
@@ -282,13 +299,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     verb = arguments[0]
     if verb not in VERBS:
-        print(f"lightning-atrous: error: no verb '{verb}'; {close_matches(verb, list(VERBS))}", file=sys.stderr)
+        print(
+            f"lightning-atrous: error: no verb '{verb}'; {close_matches(verb, list(VERBS))}", file=sys.stderr
+        )
         sys.exit(2)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             # Lightning's own use of torch's tree functions; nothing that a user could change
-            warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning)
+            warnings.filterwarnings(
+                "ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning
+            )
             VERBS[verb][1](arguments)
     except Exception as error:
         if os.environ.get(TRACEBACK):

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import re
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -47,7 +48,9 @@ class Complaint(Exception):
             return cls(" ".join(str(error).split()), exit_code=exit_code)
         if isinstance(error, ValueError):
             # a loader's worker sends its traceback as text
-            if match := re.search(r"in DataLoader worker process.*^ValueError: (.*)", str(error), re.S | re.M):
+            if match := re.search(
+                r"in DataLoader worker process.*^ValueError: (.*)", str(error), re.S | re.M
+            ):
                 return cls(match[1].strip(), exit_code=exit_code)
             raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
             if raised_in.is_relative_to(_PACKAGE):
@@ -56,27 +59,37 @@ class Complaint(Exception):
         return wrapped and cls.of(wrapped, exit_code=exit_code)
 
 
-def clarify(message: str, parser: argparse.ArgumentParser) -> str:
-    """A parser's message in one line, with the names that an unknown one is like.
+def clarify(message: str, parser: argparse.ArgumentParser, classes: Mapping[str, type]) -> str:
+    """A parser's message in one line: the key, what came, what was expected or what it is like.
 
     Args:
-        message: As jsonargparse words it.
+        message: As jsonargparse words it, over several lines.
         parser: Whose options are known.
+        classes: For each option that takes a class, the class that all of them extend.
     """
-    # what was given stands in the sentence already, or in the file
-    text = re.sub(r"\.?\s*Got value: (Namespace|NestedArg)\(.*", "", message, flags=re.S)
-    text = re.sub(r"Type typing\.Callable\[.*?\] expects a function or a callable class: ", "", text)
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    text = " ".join(text.replace("Parser key ", "").split())
+    text = " ".join(re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", message).split())
+    keys = re.findall(r'[Pp]arser key "([\w.]+)"', text)
+    key = ".".join(keys) or "the command line"
     if match := re.search(r"unrecognized arguments: (?:--)?([^\s=]+)", text):
         return f"unknown option --{match[1]}; {_like(match[1], parser)}"
     if match := re.search(r"does not accept option '([^']+)'", text):
         return f"the config has an unknown key '{match[1]}'; {_like(match[1], parser)}"
+    if match := re.search(r"arguments are required: (.*)", text):
+        missing = re.sub(r"\b(fit|validate|test)\.", "", match[1])
+        return f"{missing} is required; give it in --config or on the command line"
     if match := re.search(r"Option '([^']+)' is not accepted", text):
         known = _options_of(message)
-        if known:
-            return f"{text}; {close_matches(match[1], known)}"
-    return text
+        return f"{key} takes no option '{match[1]}'" + (
+            f"; {close_matches(match[1], known)}" if known else ""
+        )
+    if (match := re.search(r"Expected a dot import path string: (\S+)", text)) and key in classes:
+        return f"{key}: no class is named '{match[1]}'; {close_matches(match[1], sorted(_subclasses(classes[key])))}"
+    if match := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .*Given value: (.*)", text):
+        expected = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", match[1]).replace("NoneType", "null")
+        return f"{key}: expected one of {expected}, got {match[2]}"
+    if match := re.search(r"Expected an? (.*?)\. Got value: (.*)", text):
+        return f"{key}: expected {match[1]}, got {match[2]}"
+    return re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
 
 
 def _like(key: str, parser: argparse.ArgumentParser) -> str:
@@ -90,12 +103,21 @@ def _like(key: str, parser: argparse.ArgumentParser) -> str:
 
 def _options_of(message: str) -> list[str]:
     """The options of the innermost class that a message names by its import path."""
-    paths = re.findall(r"class_path[= ]'([\w.]+)'", message)
-    for path in reversed(paths):
+    for path in reversed(re.findall(r"class_path(?:=| )'([\w.]+)'", message)):
         module, _, name = path.rpartition(".")
         try:
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError):
             continue
-        return [option for option in inspect.signature(cls).parameters if option not in ("info", "num_classes")]
+        return [
+            option for option in inspect.signature(cls).parameters if option not in ("info", "num_classes")
+        ]
     return []
+
+
+def _subclasses(base: type) -> set[str]:
+    """Names of the public classes that extend another, however deep."""
+    names = set()
+    for cls in base.__subclasses__():
+        names |= _subclasses(cls) | ({cls.__name__} if not cls.__name__.startswith("_") else set())
+    return names

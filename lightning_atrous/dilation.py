@@ -192,8 +192,8 @@ class _Call(NamedTuple):
     stride_in: int
     """Image pixels per pixel of its input, to the nearest power of two."""
     stride_out: int
-    fills: bool
-    """Whether ``n`` pixels gave ``⌈n / s⌉``, as "same" padding does, and not fewer."""
+    spare: tuple[int, int] | None
+    """Pixels of the input beyond ``s`` per output, where the output covers the image; else None."""
     pads_itself: bool
     """Whether its forward computes the padding for that from the map that comes (TensorFlow's "SAME")."""
 
@@ -266,7 +266,11 @@ class _Recorder:
         stride_in, stride_out = self.stride(x), self.stride(output)
         if stride_out >= stride_in:  # what refines is left for the proof to judge
             fills = _fills(module, x, output)
-            self.ops[module].calls.add(_Call(stride_in, stride_out, fills, fills and _pads_itself(module, x)))
+            sizes = zip(output.shape[-2:], self.size, strict=True)
+            covers = all(n * stride_out == whole for n, whole in sizes)
+            strides = zip(x.shape[-2:], output.shape[-2:], _pair(vars(module).get("stride", 1)), strict=True)
+            spare = _pair([max(n - m * s, 0) for n, m, s in strides]) if fills or covers else None
+            self.ops[module].calls.add(_Call(stride_in, stride_out, spare, fills and _pads_itself(module, x)))
 
 
 def _is_map(x: Any) -> bool:
@@ -343,14 +347,15 @@ def _rewrite_kernel(op: _Op, call: _Call, rate: int, given_up: int) -> dict[str,
         new["dilation"] = _pair([d * rate if k > 1 else d for k, d in zip(kernels, dilations, strict=True)])
     if "ceil_mode" in settings:
         new["ceil_mode"] = False
-    rows, columns = (
-        _pad(d * (k - 1), s, p, rate, given_up, call)
-        for k, d, s, p in zip(kernels, dilations, strides, paddings, strict=True)
-    )
+    reaches = [d * (k - 1) for d, k in zip(dilations, kernels, strict=True)]
+    if call.pads_itself:
+        rows, columns = (_pad_same(r, s, rate) for r, s in zip(reaches, strides, strict=True))
+    else:
+        sides = zip(reaches, strides, paddings, call.spare or (None, None), strict=True)
+        rows, columns = (_pad(r, s // given_up, p, rate, spare) for r, s, p, spare in sides)
     even = rows.left == rows.right and columns.left == columns.right
-    if even and (
-        isinstance(module, nn.Conv2d) or max(rows.left * 2 - kernels[0], columns.left * 2 - kernels[1]) <= 0
-    ):
+    pools = not isinstance(module, nn.Conv2d)  # torch lets these have half a kernel of padding at most
+    if even and not (pools and (2 * rows.left > kernels[0] or 2 * columns.left > kernels[1])):
         new["padding"] = (rows.left, columns.left)
         return new if phases == 1 else new | {"forward": _Forward(module, phases=phases)}
     counted = None
@@ -376,14 +381,20 @@ class _Pad(NamedTuple):
     crop: int = 0
 
 
-def _pad(reach: int, stride: int, padding: int, rate: int, given_up: int, call: _Call) -> _Pad:
-    """What goes around a map of ``rate`` times the pixels, for a kernel that saw ``reach + 1`` of the old."""
-    if call.pads_itself:  # at stride 1 half the reach on the left, but on an even strided map that much:
-        left = rate * (max(reach + 1 - stride, 0) // 2)
-        shift = rate * reach // 2 - left
-        return _Pad(0, shift, shift)
+def _pad(reach: int, stride: int, padding: int, rate: int, spare: int | None) -> _Pad:
+    """What goes around a map of ``rate`` times the pixels, for a kernel that saw ``reach + 1`` of the old.
+
+    On the left the taps stay in place. On the right comes what a whole map needs, where it was whole before.
+    """
     left = rate * padding
-    return _Pad(left, max(rate * reach + 1 - stride // given_up - left, 0) if call.fills else left)
+    return _Pad(left, left if spare is None else max(rate * (reach - spare) + 1 - stride - left, 0))
+
+
+def _pad_same(reach: int, stride: int, rate: int) -> _Pad:
+    """The same where the op pads by itself: at stride 1, half the reach on the left, which is too much."""
+    left = rate * (max(reach + 1 - stride, 0) // 2)  # of an even map
+    shift = rate * reach // 2 - left
+    return _Pad(0, shift, shift)
 
 
 def _padding(op: _Op) -> tuple[int, int]:
@@ -424,9 +435,8 @@ class _Forward:
         if self.counted is not None:  # the share of each window that is there to be averaged
             rows, columns = self.counted
             ones = F.pad(x.new_ones(1, 1, *x.shape[-2:]), (columns, columns, rows, rows), value=1.0)
-            y = y / forward(
-                self.op, F.pad(ones, (left - columns, right - columns, top - rows, bottom - rows))
-            )
+            around = (left - columns, right - columns, top - rows, bottom - rows)
+            y = y / forward(self.op, F.pad(ones, around))
         y = _join(y[..., self.crop[0] :, self.crop[1] :], self.phases)
         return y[..., : y.shape[-2] - -height % self.phases, : y.shape[-1] - -width % self.phases]
 
@@ -443,9 +453,8 @@ def _join(x: Tensor, phases: int) -> Tensor:
     """The inverse of `_split`: ``(r·r·B, C, h, w)`` → ``(B, C, r·h, r·w)``, in the same memory format."""
     if phases == 1:
         return x
-    layout = (
-        torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    )
+    contiguous = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if contiguous else torch.contiguous_format
     grids = x.unflatten(0, (phases, phases, -1)).permute(2, 3, 4, 0, 5, 1)  # B C h r w r
     return grids.flatten(4).flatten(2, 3).contiguous(memory_format=layout)
 
@@ -463,9 +472,7 @@ def _run(module: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
         output = module.eval()(image)
     maps = (output,) if isinstance(output, Tensor) else output
     if not isinstance(maps, (tuple, list)) or not maps or not all(_is_map(x) for x in maps):
-        raise ValueError(
-            f"expected a map (B, C, h, w), or a list or tuple of them, got {type(output).__name__}"
-        )
+        raise ValueError(f"expected a map (B, C, h, w) or a sequence of maps, got {type(output).__name__}")
     return tuple(maps)
 
 
@@ -544,10 +551,8 @@ def _trace(module: nn.Module, image: Tensor) -> list[_Step]:
         seen = [x.clone() if isinstance(x, Tensor) else None for x in (*args[:1], output)]
         steps.append(_Step(names[child], child, seen[0] if args else None, seen[-1]))
 
-    with (
-        _hooked(module, after=note),
-        suppress(Exception),
-    ):  # the proof has told of it; what came before counts
+    # the proof has told of a failure; here the steps before it count
+    with _hooked(module, after=note), suppress(Exception):
         _run(module, image)
     return steps
 
@@ -560,7 +565,8 @@ def _departure(strided: list[_Step], dense: list[_Step]) -> str:
         where = f"; it departs first at '{new.name}' ({type(new.module).__name__})"
         if not _departs(new.input, old.input):
             local = any(_is_op(child) for child in new.module.modules())
-            return where if local else f"{where}, which takes statistics over the whole map"
+            why = ", which takes statistics over the whole map, or hides an op in its forward"
+            return where if local else where + why
         if new.input is not None and old.input is not None and new.input.shape == old.input.shape:
             return f"{where}, whose input is statistics over the whole map"
         return f"{where}, after an operation outside of any submodule"

@@ -126,7 +126,9 @@ class SeparableConv(nn.Sequential):
         dilation: The atrous rate, carried by the depthwise part.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *, dilation: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, *, dilation: int = 1
+    ) -> None:
         super().__init__(
             ConvNormAct(in_channels, in_channels, kernel_size, dilation=dilation, groups=in_channels),
             ConvNormAct(in_channels, out_channels),
@@ -169,7 +171,13 @@ class ImagePool(nn.Module):
         norm = self.norm
         if isinstance(norm, nn.BatchNorm2d) and norm.training and pooled.shape[0] == 1:
             pooled = F.batch_norm(
-                pooled, norm.running_mean, norm.running_var, norm.weight, norm.bias, training=False, eps=norm.eps
+                pooled,
+                norm.running_mean,
+                norm.running_var,
+                norm.weight,
+                norm.bias,
+                training=False,
+                eps=norm.eps,
             )
         else:
             pooled = norm(pooled)

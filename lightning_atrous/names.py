@@ -85,7 +85,11 @@ def _class_path(value: str, key: str, slots: Slots) -> str:
     if value in registry:
         cls = registry[value]
         return f"{cls.__module__}.{cls.__qualname__}"
-    if not re.fullmatch(r"[A-Za-z_]\w*", value) or value in ("null", "None") or value in _subclass_names(base):
+    if (
+        not re.fullmatch(r"[A-Za-z_]\w*", value)
+        or value in ("null", "None")
+        or value in _subclass_names(base)
+    ):
         return value
     try:
         registry[value]

@@ -98,9 +98,7 @@ def _norms_and_biases(model: nn.Module) -> set[int]:
     }
 
 
-def build_optimizer(
-    factory: OptimizerFactory, groups: Iterable[dict[str, Any]]
-) -> Optimizer:
+def build_optimizer(factory: OptimizerFactory, groups: Iterable[dict[str, Any]]) -> Optimizer:
     """An optimiser in which every group's learning rate is the factory's times the group's ``lr_scale``.
 
     Args:

@@ -20,9 +20,10 @@ def close_matches(word: str, known: list[str]) -> str:
     >>> close_matches("zzz", ["deeplabv3", "fcn"])
     'known are deeplabv3, fcn'
     """
-    close = difflib.get_close_matches(word.lower(), known, n=3, cutoff=0.6)
+    by_lower = {name.lower(): name for name in known}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
     if close:
-        return f"did you mean {' or '.join(repr(name) for name in close)}?"
+        return f"did you mean {' or '.join(repr(by_lower[name]) for name in close)}?"
     return f"known are {', '.join(known)}" if known else "none is known"
 
 

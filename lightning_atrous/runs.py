@@ -1,10 +1,10 @@
 """Where a run writes: one directory with its config, its metrics and its checkpoints.
 
-    runs/camvid/            the first run of configs/camvid.yaml
-        config.yaml         every option as it was resolved
-        metrics.csv
-        checkpoints/best.ckpt, checkpoints/last.ckpt
-    runs/camvid-2/          the second
+runs/camvid/            the first run of configs/camvid.yaml
+    config.yaml         every option as it was resolved
+    metrics.csv
+    checkpoints/best.ckpt, checkpoints/last.ckpt
+runs/camvid-2/          the second
 """
 
 from __future__ import annotations

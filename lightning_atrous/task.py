@@ -219,7 +219,9 @@ class SegmentationTask(L.LightningModule):
         optimizer = build_optimizer(self.optimizer_factory, groups)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise ValueError("the schedule needs to know where training ends; give trainer.max_epochs or max_steps")
+            raise ValueError(
+                "the schedule needs to know where training ends; give trainer.max_epochs or max_steps"
+            )
         scheduler = self.schedule.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -235,7 +237,9 @@ class SegmentationTask(L.LightningModule):
         """
         theirs = checkpoint.get(SPEC_KEY)
         if theirs is None:
-            raise ValueError("this checkpoint was not written by lightning-atrous; it does not say what it is made of")
+            raise ValueError(
+                "this checkpoint was not written by lightning-atrous; it does not say what it is made of"
+            )
         ours = self.spec
         for what, key in (("backbone", "name"), ("head", "class_path")):
             if theirs[what][key] != ours[what][key]:
@@ -257,7 +261,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: A file that is missing, damaged or no checkpoint of this package.
     """
     if not os.path.isfile(path):
-        raise ValueError(f"there is no checkpoint at {path}; give the path of a .ckpt file that a run has written")
+        raise ValueError(
+            f"there is no checkpoint at {path}; give the path of a .ckpt file that a run has written"
+        )
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives, foreign pickles: each has its own error

@@ -52,7 +52,9 @@ def command(workdir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             text=True,
             timeout=300,
         )
-        assert done.returncode == code, f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        assert done.returncode == code, (
+            f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+        )
         return done
 
     return run

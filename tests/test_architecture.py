@@ -26,7 +26,16 @@ LAYERS = [
 WALLS = {
     "timm": {"backbone"},
     "torchmetrics": {"metrics"},
-    "lightning": {"data.base", "data.shapes", "data.folder", "data.camvid", "task", "callbacks", "complaints", "cli"},
+    "lightning": {
+        "data.base",
+        "data.shapes",
+        "data.folder",
+        "data.camvid",
+        "task",
+        "callbacks",
+        "complaints",
+        "cli",
+    },
     "jsonargparse": {"cli"},
     "wandb": {"callbacks"},
     "segmentation_models_pytorch": {"heads.smp", "losses", "interop"},

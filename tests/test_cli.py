@@ -47,7 +47,9 @@ def test_fit_validate_and_test_agree(command: Command, workdir: Path) -> None:
     assert config["model"]["schedule"]["power"] == 0.9
     miou = column(run / "metrics.csv", "val/miou")
     assert len(miou) == 2
-    assert {"train/loss", "val/loss", "val/pixel_accuracy", "val/iou/star", "lr-SGD/head"} <= set(rows(run / "metrics.csv")[0])
+    assert {"train/loss", "val/loss", "val/pixel_accuracy", "val/iou/star", "lr-SGD/head"} <= set(
+        rows(run / "metrics.csv")[0]
+    )
     assert overall(fit.stdout) == pytest.approx(100 * list(miou.values())[-1], abs=0.006)
     assert re.search(r"epoch +2/2 +step +6 +loss [\d.]+ +lr \S+ +mIoU [\d.]+ +left 0:00", fit.stdout)
     assert "best val/miou" in fit.stdout
@@ -64,7 +66,12 @@ def test_fit_validate_and_test_agree(command: Command, workdir: Path) -> None:
 
     # what is typed wins over the checkpoint, which wins over the defaults
     printed = command(
-        "validate", *arguments, "--model.backbone.output_stride", "8", "--model.channels_last=false", "--print_config"
+        "validate",
+        *arguments,
+        "--model.backbone.output_stride",
+        "8",
+        "--model.channels_last=false",
+        "--print_config",
     )
     model = yaml.safe_load(printed.stdout)["model"]
     assert model["backbone"]["init_args"]["output_stride"] == 8
@@ -95,7 +102,9 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(command: Command, workdir: P
     deadline = time.monotonic() + 240
     # the second epoch has three steps, 4 to 6: strike after 5
     while not (steps.is_file() and len(steps.read_text()) >= 5):
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
+        assert process.poll() is None and time.monotonic() < deadline, (
+            "the run ended before it could be killed"
+        )
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -107,7 +116,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(command: Command, workdir: P
     for name in ("lr-SGD/head", "train/loss", "val/miou"):
         assert column(cut, name) == column(whole, name), name
     assert len(column(cut, "lr-SGD/head")) == 12
-    assert sorted(path.name for path in (workdir / "runs" / "cut").glob("config*.yaml")) == ["config-2.yaml", "config.yaml"]
+    assert sorted(path.name for path in (workdir / "runs" / "cut").glob("config*.yaml")) == [
+        "config-2.yaml",
+        "config.yaml",
+    ]
     assert not (workdir / "runs" / "cut-2").exists()
 
 
@@ -132,7 +144,18 @@ main()
 def test_a_plugin_is_installed_listed_and_trained(command: Command, workdir: Path) -> None:
     site = workdir / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", str(site), str(ROOT / "tests" / "plugin")],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "-q",
+            "--no-deps",
+            "--no-index",
+            "--target",
+            str(site),
+            str(ROOT / "tests" / "plugin"),
+        ],
         check=True,
         env={**os.environ, "PIP_DISABLE_PIP_VERSION_CHECK": "1"},
     )
@@ -148,9 +171,21 @@ def test_a_plugin_is_installed_listed_and_trained(command: Command, workdir: Pat
     (workdir / "plugin.yaml").write_text(yaml.safe_dump(config))
     command("fit", "--config", "plugin.yaml", pythonpath=site)
     checkpoint = torch.load(workdir / "runs/plugin/checkpoints/last.ckpt", weights_only=True)
-    assert checkpoint["lightning_atrous"]["head"] == {"class_path": "atrous_plugin.Linear", "init_args": {"dropout": 0.2}}
+    assert checkpoint["lightning_atrous"]["head"] == {
+        "class_path": "atrous_plugin.Linear",
+        "init_args": {"dropout": 0.2},
+    }
     # by class name, from the command line
-    command("fit", "--config", "tiny.yaml", "--model.head", "Linear", "--trainer.fast_dev_run", "1", pythonpath=site)
+    command(
+        "fit",
+        "--config",
+        "tiny.yaml",
+        "--model.head",
+        "Linear",
+        "--trainer.fast_dev_run",
+        "1",
+        pythonpath=site,
+    )
     # its options are checked
     wrong = command("fit", "--config", "plugin.yaml", "--model.head.dropuot", "0.1", code=2, pythonpath=site)
     assert "did you mean 'dropout'" in wrong.stderr
@@ -170,6 +205,7 @@ def test_help_shows_every_verb(command: Command) -> None:
 
 
 def test_list_backbones_by_pattern(command: Command) -> None:
-    assert command("list", "backbones", "mobilenetv2_1?0").stdout.split() == ["mobilenetv2_100", "mobilenetv2_140"] or (
-        "mobilenetv2_100" in command("list", "backbones", "mobilenetv2_1?0").stdout
-    )
+    assert command("list", "backbones", "mobilenetv2_1?0").stdout.split() == [
+        "mobilenetv2_100",
+        "mobilenetv2_140",
+    ] or ("mobilenetv2_100" in command("list", "backbones", "mobilenetv2_1?0").stdout)

@@ -118,7 +118,7 @@ def test_theorem_on_same_padding():
 
 
 def test_theorem_at_every_stride():
-    assert_theorem(timm_net("resnet18"), (16, 8, 4, 2, 1), ((64, 96),))
+    assert_theorem(timm_net("mobilenetv2_050"), (16, 8, 4, 2, 1), ((64, 96),))
 
 
 class Same(nn.Conv2d):
@@ -153,16 +153,15 @@ class SameAverage(nn.AvgPool2d):
         return F.avg_pool2d(F.pad(x, around), kernel, stride)
 
 
-def chain(*ops: nn.Module, after: int = 4) -> nn.Sequential:
-    """The ops between 3×3 convolutions, one of them strided, that must be dilated in step."""
+def chain(*ops: nn.Module) -> nn.Sequential:
+    """The ops between a strided convolution, whose stride they may have to make up for, and two more."""
     return nn.Sequential(
         nn.Conv2d(3, 4, 3, stride=2, padding=1),
-        nn.ReLU(),
+        nn.Tanh(),  # both signs: a maximum must not see zeros at the border
         *copy.deepcopy(ops),
-        nn.Conv2d(after, 4, 3, stride=2, padding=1),
         nn.ReLU(),
-        *copy.deepcopy(ops),
-        nn.Conv2d(after, 4, (3, 5), padding=(1, 2)),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1),
+        nn.Conv2d(4, 4, (3, 5), padding=(1, 2)),
     )
 
 
@@ -175,7 +174,7 @@ OPS = {
         nn.Conv2d(4, 4, 3, padding=2, dilation=2),
         nn.Conv2d(4, 4, 3, 2, padding=2, dilation=2),
     ),
-    "spelt same": (nn.Conv2d(4, 4, 4, padding="same"), nn.Conv2d(4, 4, 3, padding="same", dilation=3)),
+    "spelt same": (nn.Conv2d(4, 4, 5, padding="same"), nn.Conv2d(4, 4, 3, padding="same", dilation=3)),
     "spelt valid": (nn.Conv2d(4, 4, 1, padding="valid"),),
     "reflecting": (nn.Conv2d(4, 4, 3, stride=2, padding=1, padding_mode="reflect"),),
     "depthwise": (nn.Conv2d(4, 4, 5, stride=2, padding=2, groups=4),),
@@ -201,6 +200,7 @@ OPS = {
     "SAME average": (SameAverage(2, 2), SameAverage(3, 2)),
     "standardised": (Standardised(4, 4, 3, stride=2, padding=1), Standardised(4, 4, 2, stride=2)),
     "power average": (nn.LPPool2d(2, 1, stride=2),),
+    "transposed, stride one": (nn.ConvTranspose2d(4, 4, 3, padding=1),),
     "a reused op": (conv := nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), conv),
 }
 
@@ -209,16 +209,18 @@ OPS = {
 def test_theorem_on_ops(ops):
     net = random_doubles(chain(*ops))
     native = Dilation(net).native
-    assert_theorem(net, tuple(2**i for i in range(native.bit_length())), ((64, 96), (96, 160), (64, 128)))
+    assert_theorem(net, tuple(2**i for i in range(native.bit_length())), ((64, 96), (32, 128)))
 
 
 @pytest.mark.parametrize("ops", OPS.values(), ids=OPS.keys())
 def test_dense_maps_have_every_pixel(ops):
     net = chain(*ops)
-    dilation = set_output_stride(net, 2)
-    for height, width in ((64, 96), (63, 97), (70, 45)):
-        assert maps(net, torch.randn(1, 3, height, width))[0].shape[-2:] == (-(-height // 2), -(-width // 2))
-    assert dilation.errors(dtype=torch.double)[0] <= 1e-12
+    for output_stride in (2, 1):
+        dilation = set_output_stride(copy.deepcopy(net), output_stride)
+        for size in ((64, 96), (63, 97), (70, 45)):
+            dense = maps(dilation._module, torch.randn(1, 3, *size))[0]
+            assert dense.shape[-2:] == tuple(-(-n // output_stride) for n in size)
+        assert dilation.errors(dtype=torch.double)[0] <= 1e-12
 
 
 def test_only_what_follows_the_lost_stride_is_dilated():
@@ -298,7 +300,7 @@ class Functional(nn.Module):
             nn.InstanceNorm2d(4),
             r"departs first at '6' \(InstanceNorm2d\), which takes statistics over the whole map",
         ),
-        (nn.ConvTranspose2d(4, 4, 3, padding=1), r"departs first at '6' \(ConvTranspose2d\)"),
+        (nn.ConvTranspose2d(4, 4, 2, stride=2), r"departs first at '6' \(ConvTranspose2d\)"),
         (Functional(), r"departs first at '6' \(Functional\)"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -311,7 +313,7 @@ def test_other_functions_are_refused_by_name(op, words):
     with pytest.raises(DilationError, match=words) as caught:
         dilation.output_stride = 2
     assert "relative error" in str(caught.value)
-    assert dilation.output_stride == dilation.native == 8
+    assert dilation.output_stride == dilation.native > 2
     assert repr(net) == before
     assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
     assert torch.equal(maps(net, x)[0], expected)
@@ -435,7 +437,7 @@ class Backbone(nn.Module):
 def test_copies_are_whole_and_apart(copied):
     ops = (Same(4, 4, 3, stride=2), nn.Conv2d(4, 4, 2, stride=2), nn.AvgPool2d(2, ceil_mode=True))
     backbone = Backbone(chain(*ops)).eval()
-    x = torch.randn(1, 3, 64, 64)
+    x = torch.randn(1, 3, 128, 128)
     strided = maps(backbone, x)[0]
     backbone.dilation.output_stride = 4
     dense = maps(backbone, x)[0]
@@ -455,7 +457,7 @@ def test_mode_weights_and_random_state_are_left_alone():
     net[1].eval()
     state, random = copy.deepcopy(net.state_dict()), torch.get_rng_state()
     Dilation(net).output_stride = 1
-    assert [module.training for module in net.children()] == [True, False, True, True, True, True, True]
+    assert [module.training for module in net.children()] == [True, False, *[True] * 5]
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
@@ -522,7 +524,7 @@ def awkward() -> nn.Module:
     """All that attributes alone can't say: unequal padding, phases, counts, crops."""
     ops = (Same(4, 4, 3, stride=2), nn.Conv2d(4, 4, 2, stride=2), nn.AvgPool2d(2, 2, ceil_mode=True))
     net = chain(*ops).eval()
-    set_output_stride(net, 4)
+    set_output_stride(net, 1)
     return net
 
 
@@ -531,10 +533,17 @@ def test_compiles_in_one_graph():
     torch.testing.assert_close(torch.compile(net, backend="eager", fullgraph=True)(x), net(x))
 
 
-def test_exports_with_free_sizes():
-    net, x = awkward(), torch.randn(1, 3, 67, 93)
+def test_exports():
+    net, x = awkward(), torch.randn(1, 3, 66, 93)
+    graph = torch.export.export(net, (x,)).module()
+    torch.testing.assert_close(graph(x), net(x))
+
+
+def test_convolutions_export_with_free_sizes():
+    net = chain(Same(4, 4, 3, stride=2), nn.Conv2d(4, 4, 2, stride=2)).eval()
+    set_output_stride(net, 2)
     sides = {2: torch.export.Dim("height", min=32, max=512), 3: torch.export.Dim("width", min=32, max=512)}
-    graph = torch.export.export(net, (x,), dynamic_shapes=(sides,)).module()
+    graph = torch.export.export(net, (torch.randn(1, 3, 67, 93),), dynamic_shapes=(sides,)).module()
     for size in ((67, 93), (64, 128)):
         x = torch.randn(1, 3, *size)
         torch.testing.assert_close(graph(x), net(x))
@@ -543,12 +552,13 @@ def test_exports_with_free_sizes():
 def test_channels_last_and_autocast():
     net = awkward()
     x = torch.randn(2, 3, 64, 96)
-    expected = net(x)
-    last = copy.deepcopy(net).to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
+    expected = net(x).detach()
+    net = net.to(memory_format=torch.channels_last)
+    last = net(x.to(memory_format=torch.channels_last)).detach()
     torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-5)
     assert last.is_contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
-        low = net(x)
+        low = net(x).detach()
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.float(), expected, rtol=0.1, atol=0.1 * float(expected.abs().max()))
 

@@ -16,28 +16,58 @@ MISTYPED = {
     "key": ((*FIT, "--model.hed", "fcn"), "unknown option --model.hed; did you mean 'model.head'"),
     "trainer key": ((*FIT, "--trainer.max_epoch", "3"), "did you mean 'trainer.max_epochs'"),
     "key in the file": (("fit", "--config", "key.yaml"), "unknown key 'modle.head'; did you mean 'model'?"),
-    "option in the file": (("fit", "--config", "option.yaml"), "'output_strid' is not accepted; did you mean 'output_stride'"),
-    "head": ((*FIT, "--model.head", "deeplab3plus"), "no head is named 'deeplab3plus'; did you mean 'deeplabv3plus'"),
+    "option in the file": (
+        ("fit", "--config", "option.yaml"),
+        "model.backbone takes no option 'output_strid'; did you mean 'output_stride'",
+    ),
+    "head": (
+        (*FIT, "--model.head", "deeplab3plus"),
+        "no head is named 'deeplab3plus'; did you mean 'deeplabv3plus'",
+    ),
     "head in the file": (("fit", "--config", "head.yaml"), "no head is named 'fcm'; did you mean 'fcn'?"),
-    "head option": ((*FIT, "--model.head.rats", "[1]"), "'rats' is not accepted; did you mean 'rates'"),
-    "backbone": ((*FIT, "--model.backbone.name", "resnt18"), "timm has no network 'resnt18'; did you mean 'resnet18'"),
+    "head option": (
+        (*FIT, "--model.head.rats", "[1]"),
+        "model.head takes no option 'rats'; did you mean 'rates'",
+    ),
+    "backbone": (
+        (*FIT, "--model.backbone.name", "resnt18"),
+        "timm has no network 'resnt18'; did you mean 'resnet18'",
+    ),
     "backbone option": ((*FIT, "--model.backbone.timm_options", "{padtype: 1}"), "takes no option 'padtype'"),
-    "reserved option": ((*FIT, "--model.backbone.timm_options", "{output_stride: 8}"), "may not have 'output_stride'"),
+    "reserved option": (
+        (*FIT, "--model.backbone.timm_options", "{output_stride: 8}"),
+        "may not have 'output_stride'",
+    ),
     "stride": ((*FIT, "--model.backbone.output_stride", "12"), "cannot run at output stride 12"),
     "stride of squeeze-excite": (
         (*FIT, "--model.backbone.name", "efficientnet_b0", "--model.backbone.output_stride", "8"),
         "Strides it supports: 32",
     ),
     "weights": ((*FIT, "--model.backbone.pretrained", "no.pth"), "there is no file no.pth"),
-    "damaged weights": ((*FIT, "--model.backbone.pretrained", "tiny.yaml"), "tiny.yaml cannot be read as a state dict"),
-    "type": ((*FIT, "--trainer.max_epochs", "three"), "trainer.max_epochs"),
-    "nested type": ((*FIT, "--model.backbone.output_stride", "big"), "output_stride"),
-    "precision": ((*FIT, "--trainer.precision", "bf61"), "trainer.precision"),
-    "data class": (("fit", "--config", "tiny.yaml", "--data", "Shaeps"), "data"),
+    "damaged weights": (
+        (*FIT, "--model.backbone.pretrained", "tiny.yaml"),
+        "tiny.yaml cannot be read as a state dict",
+    ),
+    "type": (
+        (*FIT, "--trainer.max_epochs", "three"),
+        "trainer.max_epochs: expected one of int, null, got three",
+    ),
+    "nested type": (
+        (*FIT, "--model.backbone.output_stride", "big"),
+        "model.backbone.output_stride: expected int, got big",
+    ),
+    "precision": ((*FIT, "--trainer.precision", "bf61"), "'bf16-mixed'"),
+    "data class": (
+        ("fit", "--config", "tiny.yaml", "--data", "Shaeps"),
+        "data: no class is named 'Shaeps'; did you mean 'Shapes'?",
+    ),
     "data option": ((*FIT, "--data.bath_size", "3"), "did you mean 'batch_size'"),
     "batch size": ((*FIT, "--data.batch_size", "0"), "batch_size must be at least 1, got 0"),
     "config": (("fit", "--config", "tyni.yaml"), "tyni.yaml"),
-    "no model": (("fit", "--data", "Shapes"), "model.backbone"),
+    "no model": (
+        ("fit", "--data", "Shapes"),
+        "model.backbone is required; give it in --config or on the command line",
+    ),
     "checkpoint": ((*FIT, "--ckpt_path", "no.ckpt"), "there is no checkpoint at no.ckpt"),
     "no run yet": ((*FIT, "--ckpt_path", "last"), "has a checkpoint last.ckpt yet"),
     "damaged checkpoint": ((*FIT, "--ckpt_path", "tiny.yaml"), "tiny.yaml cannot be read as a checkpoint"),
@@ -46,7 +76,10 @@ MISTYPED = {
         (*FIT, "--model.loss", "CrossEntropy", "--model.loss.class_weights", "[1, 2]"),
         "2 class_weights for 7 classes",
     ),
-    "optimizer": ((*FIT, "--model.optimizer", "SDG"), "SDG"),
+    "optimizer": (
+        (*FIT, "--model.optimizer", "SDG"),
+        "model.optimizer: no class is named 'SDG'; did you mean",
+    ),
     "list what": (("list", "haeds"), "invalid choice"),
     "list nothing": (("list",), "required"),
 }
@@ -55,8 +88,12 @@ MISTYPED = {
 @pytest.mark.parametrize("case", sorted(MISTYPED))
 def test_a_mistake_is_one_sentence(case: str, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (workdir / "key.yaml").write_text("modle: {head: fcn}\n")
-    (workdir / "option.yaml").write_text("model: {backbone: {name: resnet18, output_strid: 8}}\ndata: Shapes\n")
-    (workdir / "head.yaml").write_text("model: {backbone: {name: resnet18}, head: {class_path: fcm}}\ndata: Shapes\n")
+    (workdir / "option.yaml").write_text(
+        "model: {backbone: {name: resnet18, output_strid: 8}}\ndata: Shapes\n"
+    )
+    (workdir / "head.yaml").write_text(
+        "model: {backbone: {name: resnet18}, head: {class_path: fcm}}\ndata: Shapes\n"
+    )
     arguments, says = MISTYPED[case]
     before = sorted(workdir.rglob("*"))
     with pytest.raises(SystemExit) as stop:
