@@ -55,8 +55,10 @@ def timm_net(name: str, **options: str) -> nn.Module:
 def random_doubles(net: nn.Module, size: tuple[int, int] = (64, 96)) -> nn.Module:
     """Every weight, bias and BN statistic at random, in float64, with maps of sane magnitude; eval mode."""
     net = net.double().eval()
-    for parameter in net.parameters():
-        if parameter.numel() == max(parameter.shape, default=1):
+    for name, parameter in net.named_parameters():
+        if name.endswith("bias"):
+            nn.init.uniform_(parameter, -0.6, 0.6)
+        elif parameter.numel() == max(parameter.shape, default=1):
             nn.init.uniform_(parameter, 0.4, 1.6)
         else:
             nn.init.normal_(parameter, std=math.sqrt(2 * parameter.shape[0] / parameter.numel()))
@@ -159,7 +161,7 @@ def chain(*ops: nn.Module) -> nn.Sequential:
         nn.Conv2d(3, 4, 3, stride=2, padding=1),
         nn.Tanh(),  # both signs: a maximum must not see zeros at the border
         *copy.deepcopy(ops),
-        nn.ReLU(),
+        nn.Tanh(),
         nn.Conv2d(4, 4, 3, stride=2, padding=1),
         nn.Conv2d(4, 4, (3, 5), padding=(1, 2)),
     )
@@ -470,6 +472,11 @@ def test_the_proof_does_not_see_the_weights():
     assert set_output_stride(net, 8).errors(dtype=torch.double)[-1] < 1e-12
 
 
+def test_rounding_alone_is_not_refused(monkeypatch):
+    monkeypatch.setattr("lightning_atrous.dilation._TOLERANCE", 1e-6)
+    set_output_stride(timm_net("tf_efficientnet_lite0"), 8)  # 2e-5 in float32, 1e-14 in float64
+
+
 def test_a_single_map_and_a_tuple():
     net = random_doubles(timm_net("resnet18", out_indices=(4,)))
     assert_theorem(nn.Sequential(net, Last()), (16, 8))
@@ -501,8 +508,7 @@ def test_gradients():
     ).double()
     set_output_stride(net, 2)
     x = torch.randn(1, 3, 6, 7, dtype=torch.double, requires_grad=True)
-    smooth = nn.Sequential(*(nn.Softplus() if isinstance(module, nn.ReLU) else module for module in net))
-    assert torch.autograd.gradcheck(smooth, (x,))
+    assert torch.autograd.gradcheck(net, (x,))
     net(x).square().sum().backward()
     assert all(
         parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in net.parameters()
