@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor, nn
 
 from lightning_atrous.dilation import Dilation
@@ -141,9 +140,7 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"timm_options may not have '{option}': {_OURS[option]}")
 
 
-def _create(
-    name: str, in_channels: int, options: Mapping[str, Any], *, full: bool = False, **weights: Any
-) -> Any:
+def _create(name: str, in_channels: int, options: Mapping[str, Any], *, full: bool = False, **weights: Any) -> Any:
     """The network by timm's constructor, as features or (``full``) as the classifier it was trained as."""
     options = dict(options) if full else {"features_only": True, **options}
     try:
@@ -153,9 +150,7 @@ def _create(
             raise
         unknown = str(error).rsplit("'", 2)[1]
         known = sorted(set(inspect.signature(type(timm.create_model(name))).parameters) - set(_OURS))
-        raise ValueError(
-            f"{name} in timm takes no option '{unknown}'; {close_matches(unknown, known)}"
-        ) from error
+        raise ValueError(f"{name} in timm takes no option '{unknown}'; {close_matches(unknown, known)}") from error
     except (RuntimeError, AttributeError) as error:
         if weights:
             raise
@@ -190,7 +185,7 @@ def _load_strictly(
 def _pretrained_classifier(
     name: str, in_channels: int, options: Mapping[str, Any], pretrained: bool | str | os.PathLike[str]
 ) -> nn.Module:
-    if pretrained is True:
+    if isinstance(pretrained, bool):
         try:
             return _create(name, in_channels, options, full=True, pretrained=True)
         except (OSError, RuntimeError) as error:
@@ -201,9 +196,7 @@ def _pretrained_classifier(
             ) from error
     path = Path(pretrained)
     if not path.is_file():
-        raise ValueError(
-            f"pretrained weights: there is no file {path}; give the path of a timm state dict of {name}"
-        )
+        raise ValueError(f"pretrained weights: there is no file {path}; give the path of a timm state dict of {name}")
     try:
         weights = timm.models.load_state_dict(str(path), weights_only=True)
     except Exception as error:  # each file format has its own errors
@@ -233,7 +226,7 @@ def _pretrained_classifier(
 
 
 def _preprocess(cfg: Mapping[str, Any], in_channels: int) -> Preprocess:
-    """timm's own mean and deviation; for other numbers of channels repeated in turn, as timm repeats the weights."""
+    """Mean and deviation as timm has them, repeated in turn over other numbers of channels, as it repeats weights."""
     mean, std = tuple(cfg["mean"]), tuple(cfg["std"])
     return Preprocess(
         tuple(mean[i % len(mean)] for i in range(in_channels)),

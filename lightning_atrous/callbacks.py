@@ -111,9 +111,7 @@ class RunProgress(ProgressBar):
         if trainer.state.fn != "fit":
             self._close()
         elif self._enabled and not trainer.sanity_checking:
-            line = (
-                f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  step {trainer.global_step:>5}  "
-            )
+            line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  step {trainer.global_step:>5}  "
             self.console.print(line + self._state(trainer), highlight=False)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -124,9 +122,7 @@ class RunProgress(ProgressBar):
         """Close the bar."""
         self._close()
 
-    def on_exception(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the terminal back."""
         self._close()
 
@@ -164,9 +160,7 @@ class RunProgress(ProgressBar):
         done = trainer.global_step - self._steps_before
         if done:
             left = (
-                (trainer.estimated_stepping_batches - trainer.global_step)
-                * (time.monotonic() - self._started)
-                / done
+                (trainer.estimated_stepping_batches - trainer.global_step) * (time.monotonic() - self._started) / done
             )
             parts.append(f"left {_clock(left)}")
         return "  ".join(parts)
@@ -186,9 +180,7 @@ class ScoreTable(Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.best_model_score is not None:
                 path = os.path.relpath(callback.best_model_path)
-                self.console.print(
-                    f"best {callback.monitor} {callback.best_model_score:.4f} in {path}", soft_wrap=True
-                )
+                self.console.print(f"best {callback.monitor} {callback.best_model_score:.4f} in {path}", soft_wrap=True)
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -238,9 +230,7 @@ class AppendingCSVLogger(CSVLogger):
 
     def __init__(self, save_dir: str) -> None:
         super().__init__(save_dir, name="", version="")
-        self._earlier: list[dict[str, Any]] = _read_rows(
-            os.path.join(self.log_dir, ExperimentWriter.NAME_METRICS_FILE)
-        )
+        self._earlier: list[dict[str, Any]] = _read_rows(os.path.join(self.log_dir, ExperimentWriter.NAME_METRICS_FILE))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:

@@ -69,7 +69,7 @@ class ConfigSaver(SaveConfigCallback):
     """Writes every option as it was resolved into the run's directory, before the first step."""
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Write ``config.yaml``; a resumed run leaves the first one and writes ``config-2.yaml``, …"""
+        """Write ``config.yaml``; a resumed run leaves the first one and writes ``config-2.yaml``."""
         if stage != "fit":
             return
         directory = Path(trainer.default_root_dir)
@@ -103,10 +103,7 @@ class TrainingCLI(LightningCLI):
             parser_kwargs={
                 "prog": "lightning-atrous",
                 "allow_abbrev": False,
-                **{
-                    verb: {"prog": f"lightning-atrous {verb}", "allow_abbrev": False}
-                    for verb in self.subcommands()
-                },
+                **{verb: {"prog": f"lightning-atrous {verb}", "allow_abbrev": False} for verb in self.subcommands()},
             },
             args=list(arguments),
             auto_configure_optimizers=False,
@@ -147,11 +144,7 @@ class TrainingCLI(LightningCLI):
         assert self.subcommand is not None
         config = self.config[self.subcommand]
         checkpoint = config.get("ckpt_path")
-        base = (
-            Path(config.run_dir)
-            if config.run_dir
-            else _default_base([str(path) for path in config.config or ()])
-        )
+        base = Path(config.run_dir) if config.run_dir else _default_base([str(path) for path in config.config or ()])
         if checkpoint:
             parent = Path(checkpoint).absolute().parent
             self.run_dir = parent.parent if parent.name == CHECKPOINTS else parent
@@ -183,9 +176,7 @@ class TrainingCLI(LightningCLI):
                 directory = self.run_dir / CHECKPOINTS
                 callbacks += [
                     # overwritten in place: one best and one last, under names that never change
-                    ModelCheckpoint(
-                        directory, "best", monitor="val/miou", mode="max", enable_version_counter=False
-                    ),
+                    ModelCheckpoint(directory, "best", monitor="val/miou", mode="max", enable_version_counter=False),
                     ModelCheckpoint(directory, "last", enable_version_counter=False),
                 ]
             if config.logger is not False:
@@ -248,9 +239,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 
 def _list(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="lightning-atrous list", description="What can be put into a config."
-    )
+    parser = argparse.ArgumentParser(prog="lightning-atrous list", description="What can be put into a config.")
     parser.add_argument("what", choices=("heads", "backbones"))
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, or a part of the name")
     options = parser.parse_args(list(arguments[1:]))
@@ -299,17 +288,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     verb = arguments[0]
     if verb not in VERBS:
-        print(
-            f"lightning-atrous: error: no verb '{verb}'; {close_matches(verb, list(VERBS))}", file=sys.stderr
-        )
+        print(f"lightning-atrous: error: no verb '{verb}'; {close_matches(verb, list(VERBS))}", file=sys.stderr)
         sys.exit(2)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             # Lightning's own use of torch's tree functions; nothing that a user could change
-            warnings.filterwarnings(
-                "ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning
-            )
+            warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning)
             VERBS[verb][1](arguments)
     except Exception as error:
         if os.environ.get(TRACEBACK):

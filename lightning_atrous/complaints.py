@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from lightning_atrous.registry import close_matches
+from lightning_atrous.registry import close_matches, subclass_names
 
 __all__ = ["Complaint", "clarify"]
 
@@ -48,15 +48,13 @@ class Complaint(Exception):
             return cls(" ".join(str(error).split()), exit_code=exit_code)
         if isinstance(error, ValueError):
             # a loader's worker sends its traceback as text
-            if match := re.search(
-                r"in DataLoader worker process.*^ValueError: (.*)", str(error), re.S | re.M
-            ):
+            if match := re.search(r"in DataLoader worker process.*^ValueError: (.*)", str(error), re.S | re.M):
                 return cls(match[1].strip(), exit_code=exit_code)
             raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
             if raised_in.is_relative_to(_PACKAGE):
                 return cls(str(error), exit_code=exit_code)
         wrapped = error.__cause__ or error.__context__
-        return wrapped and cls.of(wrapped, exit_code=exit_code)
+        return None if wrapped is None else cls.of(wrapped, exit_code=exit_code)
 
 
 def clarify(message: str, parser: argparse.ArgumentParser, classes: Mapping[str, type]) -> str:
@@ -79,11 +77,9 @@ def clarify(message: str, parser: argparse.ArgumentParser, classes: Mapping[str,
         return f"{missing} is required; give it in --config or on the command line"
     if match := re.search(r"Option '([^']+)' is not accepted", text):
         known = _options_of(message)
-        return f"{key} takes no option '{match[1]}'" + (
-            f"; {close_matches(match[1], known)}" if known else ""
-        )
+        return f"{key} takes no option '{match[1]}'" + (f"; {close_matches(match[1], known)}" if known else "")
     if (match := re.search(r"Expected a dot import path string: (\S+)", text)) and key in classes:
-        return f"{key}: no class is named '{match[1]}'; {close_matches(match[1], sorted(_subclasses(classes[key])))}"
+        return f"{key}: no class is named '{match[1]}'; {close_matches(match[1], sorted(subclass_names(classes[key])))}"
     if match := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .*Given value: (.*)", text):
         expected = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", match[1]).replace("NoneType", "null")
         return f"{key}: expected one of {expected}, got {match[2]}"
@@ -109,15 +105,5 @@ def _options_of(message: str) -> list[str]:
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError):
             continue
-        return [
-            option for option in inspect.signature(cls).parameters if option not in ("info", "num_classes")
-        ]
+        return [option for option in inspect.signature(cls).parameters if option not in ("info", "num_classes")]
     return []
-
-
-def _subclasses(base: type) -> set[str]:
-    """Names of the public classes that extend another, however deep."""
-    names = set()
-    for cls in base.__subclasses__():
-        names |= _subclasses(cls) | ({cls.__name__} if not cls.__name__.startswith("_") else set())
-    return names

@@ -75,12 +75,15 @@ class ASPP(nn.Module):
     @property
     def rates(self) -> tuple[int, ...]:
         """The effective rates, settable: the weights stay, the taps move."""
-        return tuple(branch.rate for branch in self.atrous)
+        return tuple(branch.rate for branch in self._branches())
 
     @rates.setter
     def rates(self, rates: Sequence[int]) -> None:
-        for branch, rate in zip(self.atrous, rates, strict=True):
+        for branch, rate in zip(self._branches(), rates, strict=True):
             branch.rate = rate
+
+    def _branches(self) -> list[ConvNormAct | SeparableConv]:
+        return [branch for branch in self.atrous if isinstance(branch, (ConvNormAct, SeparableConv))]
 
     def forward(self, x: Tensor) -> Tensor:
         """All branches at one position see the same centre at different reaches."""

@@ -126,9 +126,7 @@ class SeparableConv(nn.Sequential):
         dilation: The atrous rate, carried by the depthwise part.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int = 3, *, dilation: int = 1
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *, dilation: int = 1) -> None:
         super().__init__(
             ConvNormAct(in_channels, in_channels, kernel_size, dilation=dilation, groups=in_channels),
             ConvNormAct(in_channels, out_channels),

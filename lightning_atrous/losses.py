@@ -99,13 +99,10 @@ class CrossEntropy(Loss):
         """
         k, ignore_index = len(self.classes), self.classes.ignore_index
         if logits.ndim != 4 or logits.shape[1] != k:
-            raise ValueError(
-                f"expected logits (B, {k}, h, w), one channel a class, got {tuple(logits.shape)}"
-            )
+            raise ValueError(f"expected logits (B, {k}, h, w), one channel a class, got {tuple(logits.shape)}")
         if target.dtype != torch.int64 or target.ndim != 3 or target.shape[0] != logits.shape[0]:
             raise ValueError(
-                f"expected an int64 target ({logits.shape[0]}, H, W), "
-                f"got {target.dtype} {tuple(target.shape)}"
+                f"expected an int64 target ({logits.shape[0]}, H, W), got {target.dtype} {tuple(target.shape)}"
             )
         logits = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), target.shape[-2:])
         weight = None if self.class_weights is None else self.class_weights.to(logits.dtype)

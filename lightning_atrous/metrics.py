@@ -186,16 +186,12 @@ def _check(prediction: Tensor, target: Tensor, k: int) -> None:
         raise ValueError(f"expected an integer target (B, H, W), got {target.dtype} {tuple(target.shape)}")
     if prediction.ndim == 4 and prediction.is_floating_point():
         if prediction.shape[1] != k:
-            raise ValueError(
-                f"expected logits (B, {k}, h, w), one channel a class, got {tuple(prediction.shape)}"
-            )
+            raise ValueError(f"expected logits (B, {k}, h, w), one channel a class, got {tuple(prediction.shape)}")
         if prediction.shape[0] != target.shape[0]:
             raise ValueError(f"{prediction.shape[0]} images of logits for {target.shape[0]} targets")
     elif prediction.ndim == 3 and _is_integer(prediction):
         if prediction.shape != target.shape:
-            raise ValueError(
-                f"a class map has the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)}"
-            )
+            raise ValueError(f"a class map has the target's shape {tuple(target.shape)}, got {tuple(prediction.shape)}")
     else:
         raise ValueError(
             f"expected floating logits (B, {k}, h, w) or an integer class map (B, H, W), "

@@ -6,14 +6,13 @@ and leaves every other character as it was.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from lightning_atrous.registry import Registry
+from lightning_atrous.registry import Registry, subclass_names
 
 __all__ = ["translate_arguments", "translate_yaml"]
 
@@ -85,23 +84,10 @@ def _class_path(value: str, key: str, slots: Slots) -> str:
     if value in registry:
         cls = registry[value]
         return f"{cls.__module__}.{cls.__qualname__}"
-    if (
-        not re.fullmatch(r"[A-Za-z_]\w*", value)
-        or value in ("null", "None")
-        or value in _subclass_names(base)
-    ):
+    if not re.fullmatch(r"[A-Za-z_]\w*", value) or value in ("null", "None") or value in subclass_names(base):
         return value
     try:
         registry[value]
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
     raise AssertionError("a name is registered or it is not")
-
-
-def _subclass_names(base: type) -> set[str]:
-    names = set()
-    for cls in base.__subclasses__():
-        names |= _subclass_names(cls)
-        if not inspect.isabstract(cls):
-            names.add(cls.__name__)
-    return names

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["SGD_RECIPE", "OptimizerFactory", "Poly", "build_optimizer", "parameter_groups"]
+__all__ = ["POLY", "SGD_RECIPE", "OptimizerFactory", "Poly", "build_optimizer", "parameter_groups"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """An optimiser class, or one with its options already given (`functools.partial`)."""
@@ -63,9 +63,7 @@ def parameter_groups(
             "to freeze the backbone use backbone.requires_grad_(False)"
         )
     if all(module is not backbone for module in model.modules()):
-        raise ValueError(
-            f"{type(backbone).__name__}, given as the backbone, is no part of {type(model).__name__}"
-        )
+        raise ValueError(f"{type(backbone).__name__}, given as the backbone, is no part of {type(model).__name__}")
     in_backbone = {id(parameter) for parameter in backbone.parameters()}
     undecayed = set() if decay_norm_and_bias else _norms_and_biases(model)
     groups: dict[str, dict[str, Any]] = {}
@@ -200,3 +198,7 @@ class Poly:
         """
         # a function: LambdaLR would save the attributes of any other callable
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+
+POLY = Poly()
+"""The plain schedule: power 0.9, no warm-up, down to 0."""

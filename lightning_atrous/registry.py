@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
 
-__all__ = ["Registry", "close_matches"]
+__all__ = ["Registry", "close_matches", "subclass_names"]
 
 T = TypeVar("T")
 
@@ -25,6 +26,21 @@ def close_matches(word: str, known: list[str]) -> str:
     if close:
         return f"did you mean {' or '.join(repr(by_lower[name]) for name in close)}?"
     return f"known are {', '.join(known)}" if known else "none is known"
+
+
+def subclass_names(base: type) -> set[str]:
+    """Names of the public classes that extend another, however deep, and that can be built.
+
+    >>> {"IndexError", "KeyError"} <= subclass_names(LookupError)
+    True
+    """
+    names: set[str] = set()
+    children: list[type] = base.__subclasses__()
+    for child in children:
+        names |= subclass_names(child)
+        if not inspect.isabstract(child) and not child.__name__.startswith("_"):
+            names.add(child.__name__)
+    return names
 
 
 class Registry(Generic[T]):

@@ -59,9 +59,7 @@ def describe(factory: Callable[..., object]) -> Spec:
     return {"class_path": class_path, "init_args": options}
 
 
-def build(
-    spec: Spec, *, registry: Registry[Any] | None = None, trust: Collection[str] = ()
-) -> Callable[..., Any]:
+def build(spec: Spec, *, registry: Registry[Any] | None = None, trust: Collection[str] = ()) -> Callable[..., Any]:
     """The factory that a spec describes.
 
     Args:
@@ -73,9 +71,8 @@ def build(
         ValueError: A class that may not be imported, or that is not there.
     """
     class_path = spec["class_path"]
-    registered = {
-        f"{cls.__module__}.{cls.__qualname__}": cls for cls in (registry[name] for name in registry or ())
-    }
+    classes = [] if registry is None else [registry[name] for name in registry]
+    registered: dict[str, Callable[..., Any]] = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
     if class_path in registered:
         return functools.partial(registered[class_path], **spec["init_args"])
     if not class_path.startswith(_OWN) and class_path not in trust:
@@ -87,9 +84,7 @@ def build(
     try:
         return functools.partial(getattr(importlib.import_module(module), name), **spec["init_args"])
     except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"the checkpoint asks for {class_path}, which cannot be imported: {error}"
-        ) from error
+        raise ValueError(f"the checkpoint asks for {class_path}, which cannot be imported: {error}") from error
 
 
 def _is_plain(value: object) -> bool:

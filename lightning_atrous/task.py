@@ -17,7 +17,7 @@ from lightning_atrous.heads import HEADS, DeepLabV3Plus, HeadFactory
 from lightning_atrous.losses import CrossEntropy, LossFactory
 from lightning_atrous.metrics import SegmentationScore, class_iou, scores
 from lightning_atrous.model import SegmentationModel
-from lightning_atrous.optim import SGD_RECIPE, OptimizerFactory, Poly, build_optimizer, parameter_groups
+from lightning_atrous.optim import POLY, SGD_RECIPE, OptimizerFactory, Poly, build_optimizer, parameter_groups
 from lightning_atrous.spec import build, describe
 from lightning_atrous.types import ClassInfo, Preprocess
 
@@ -68,7 +68,7 @@ class SegmentationTask(L.LightningModule):
         preprocess: Preprocess | None = None,
         loss: LossFactory = CrossEntropy,
         optimizer: OptimizerFactory | None = None,
-        schedule: Poly = Poly(),
+        schedule: Poly = POLY,
         backbone_lr_factor: float = 1.0,
         decay_norm_and_bias: bool = False,
         channels_last: bool = True,
@@ -219,9 +219,7 @@ class SegmentationTask(L.LightningModule):
         optimizer = build_optimizer(self.optimizer_factory, groups)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
-            raise ValueError(
-                "the schedule needs to know where training ends; give trainer.max_epochs or max_steps"
-            )
+            raise ValueError("the schedule needs to know where training ends; give trainer.max_epochs or max_steps")
         scheduler = self.schedule.scheduler(optimizer, int(steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -237,9 +235,7 @@ class SegmentationTask(L.LightningModule):
         """
         theirs = checkpoint.get(SPEC_KEY)
         if theirs is None:
-            raise ValueError(
-                "this checkpoint was not written by lightning-atrous; it does not say what it is made of"
-            )
+            raise ValueError("this checkpoint was not written by lightning-atrous; it does not say what it is made of")
         ours = self.spec
         for what, key in (("backbone", "name"), ("head", "class_path")):
             if theirs[what][key] != ours[what][key]:
@@ -261,9 +257,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: A file that is missing, damaged or no checkpoint of this package.
     """
     if not os.path.isfile(path):
-        raise ValueError(
-            f"there is no checkpoint at {path}; give the path of a .ckpt file that a run has written"
-        )
+        raise ValueError(f"there is no checkpoint at {path}; give the path of a .ckpt file that a run has written")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives, foreign pickles: each has its own error

@@ -58,18 +58,14 @@ class Augment:
 
     def __post_init__(self) -> None:
         if len(self.crop) != 2 or min(self.crop) < 2:
-            raise ValueError(
-                f"crop must be a height and a width of at least 2 pixels, got {tuple(self.crop)}"
-            )
+            raise ValueError(f"crop must be a height and a width of at least 2 pixels, got {tuple(self.crop)}")
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] < math.inf:
             raise ValueError(f"scale must be two positive factors, the lower first, got {tuple(self.scale)}")
         for name, p in (("flip", self.flip), ("distort", self.distort)):
             if not 0 <= p <= 1:
                 raise ValueError(f"{name} is a probability and must lie in 0..1, got {p}")
 
-    def __call__(
-        self, sample: Sample, generator: torch.Generator | None = None, *, ignore_index: int = 255
-    ) -> Sample:
+    def __call__(self, sample: Sample, generator: torch.Generator | None = None, *, ignore_index: int = 255) -> Sample:
         """Transform one sample; the given one is left as it is.
 
         Args:

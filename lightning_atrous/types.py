@@ -62,9 +62,7 @@ class ClassInfo:
             )
         palette = tuple((int(r), int(g), int(b)) for r, g, b in self.palette) or _even_hues(len(names))
         if len(palette) != len(names):
-            raise ValueError(
-                f"a palette of {len(palette)} colours for {len(names)} classes; give one colour each"
-            )
+            raise ValueError(f"a palette of {len(palette)} colours for {len(names)} classes; give one colour each")
         # frozen: the normalised forms replace what YAML or a checkpoint gave (lists)
         object.__setattr__(self, "names", names)
         object.__setattr__(self, "palette", palette)
@@ -97,9 +95,7 @@ class Preprocess:
     def __post_init__(self) -> None:
         mean, std = tuple(float(m) for m in self.mean), tuple(float(s) for s in self.std)
         if len(mean) != len(std) or not mean:
-            raise ValueError(
-                f"mean has {len(mean)} channels and std {len(std)}; give one of each per input channel"
-            )
+            raise ValueError(f"mean has {len(mean)} channels and std {len(std)}; give one of each per input channel")
         if min(std) <= 0:
             raise ValueError(f"std must be positive in every channel, got {std}")
         object.__setattr__(self, "mean", mean)

@@ -41,9 +41,7 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def command(workdir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run ``lightning-atrous`` with arguments, in `workdir`."""
 
-    def run(
-        *arguments: str, code: int = 0, pythonpath: Path | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: str, code: int = 0, pythonpath: Path | None = None) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [sys.executable, "-m", "lightning_atrous", *arguments],
             cwd=workdir,
@@ -52,9 +50,7 @@ def command(workdir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
             text=True,
             timeout=300,
         )
-        assert done.returncode == code, (
-            f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
-        )
+        assert done.returncode == code, f"{arguments} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
         return done
 
     return run

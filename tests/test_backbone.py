@@ -45,9 +45,7 @@ def test_weights_of_another_number_of_classes_fit_and_channels_are_adapted(tmp_p
 
 
 @pytest.mark.parametrize("damage", ["missing", "unexpected", "shape"])
-def test_weights_that_do_not_fit_are_refused(
-    classifier: torch.nn.Module, damage: str, tmp_path: Path
-) -> None:
+def test_weights_that_do_not_fit_are_refused(classifier: torch.nn.Module, damage: str, tmp_path: Path) -> None:
     state = dict(classifier.state_dict())
     if damage == "missing":
         del state["layer4.0.conv1.weight"]
@@ -65,9 +63,7 @@ def test_without_a_network_the_way_on_is_said(monkeypatch: pytest.MonkeyPatch) -
         raise OSError("no route to host")
 
     monkeypatch.setattr(timm.models._builder, "load_state_dict_from_hf", offline)
-    with pytest.raises(
-        ValueError, match=r"could not be fetched or loaded \(no route to host\)\. To go on offline"
-    ):
+    with pytest.raises(ValueError, match=r"could not be fetched or loaded \(no route to host\)\. To go on offline"):
         TimmBackbone(NAME, pretrained=True)
 
 
@@ -94,9 +90,7 @@ def test_the_stride_moves_after_construction_and_back() -> None:
 
 
 def test_a_network_with_statistics_over_the_map_is_refused_by_name() -> None:
-    with pytest.raises(
-        ValueError, match="test_efficientnet cannot run at output stride 8: .*Strides it supports: 32"
-    ):
+    with pytest.raises(ValueError, match=r"test_efficientnet cannot run at output stride 8: .*Strides it supports: 32"):
         TimmBackbone("test_efficientnet", pretrained=False, output_stride=8)
     assert TimmBackbone("test_efficientnet", pretrained=False, output_stride=32).info[-1].reduction == 32
 
@@ -118,9 +112,7 @@ def test_bad_options(options: dict, says: str) -> None:
 
 
 def test_a_backbone_builds_again_from_its_options() -> None:
-    backbone = TimmBackbone(
-        "mobilenetv2_050", pretrained=False, output_stride=8, timm_options={"pad_type": "same"}
-    )
+    backbone = TimmBackbone("mobilenetv2_050", pretrained=False, output_stride=8, timm_options={"pad_type": "same"})
     again = TimmBackbone(**backbone.options())
     again.load_state_dict(backbone.state_dict(), strict=True)
     x = torch.randn(1, 3, 64, 64)

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-
 from conftest import ROOT
+
 from lightning_atrous.cli import main
 from lightning_atrous.heads import HEADS
 
@@ -35,9 +35,7 @@ def test_the_readme_has_commands() -> None:
 
 
 @pytest.mark.parametrize("line", sorted(set(COMMANDS)))
-def test_readme_command_parses(
-    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_readme_command_parses(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
     arguments = shlex.split(line)[1:]
     if "--ckpt_path" in arguments:  # of a run that is not there in a test

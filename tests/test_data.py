@@ -40,9 +40,7 @@ def save_mask(path: Path, labels: np.ndarray) -> None:
     Image.fromarray(labels).save(path)
 
 
-def save_pair(
-    root: Path, name: str, *, split: str = "", height: int = 20, width: int = 30, classes: int = 3
-) -> None:
+def save_pair(root: Path, name: str, *, split: str = "", height: int = 20, width: int = 30, classes: int = 3) -> None:
     labels = np.random.default_rng(1).integers(0, classes, (height, width)).astype(np.uint8)
     save_image(root / "images" / split / f"{name}.png", height, width)
     save_mask(root / "masks" / split / f"{name}.png", labels)
@@ -95,9 +93,7 @@ class _TinyDataset(Dataset[Sample]):
         return self.length
 
     def __getitem__(self, index: int) -> Sample:
-        image = torch.randint(
-            0, 256, (3, 24, 24), generator=torch.Generator().manual_seed(index), dtype=torch.uint8
-        )
+        image = torch.randint(0, 256, (3, 24, 24), generator=torch.Generator().manual_seed(index), dtype=torch.uint8)
         return Sample(
             image=tv_tensors.Image(image),
             mask=tv_tensors.Mask(torch.zeros(24, 24, dtype=torch.uint8)),
@@ -108,11 +104,7 @@ class _TinyDataset(Dataset[Sample]):
 def digest(batches: list[dict[str, Any]]) -> str:
     h = hashlib.sha256()
     for batch in batches:
-        h.update(
-            batch["image"].numpy().tobytes()
-            + batch["mask"].numpy().tobytes()
-            + "".join(batch["name"]).encode()
-        )
+        h.update(batch["image"].numpy().tobytes() + batch["mask"].numpy().tobytes() + "".join(batch["name"]).encode())
     return h.hexdigest()
 
 
@@ -153,9 +145,7 @@ def test_evaluation_takes_whole_images_in_order(folder: Path) -> None:
     ("length", "batch_size", "sizes"),
     [(1, 1, [1]), (1, 4, [1]), (3, 4, [3]), (4, 4, [4]), (5, 4, [4]), (6, 2, [2, 2, 2]), (3, 1, [1, 1, 1])],
 )
-def test_a_short_batch_is_dropped_unless_it_is_the_only_one(
-    length: int, batch_size: int, sizes: list[int]
-) -> None:
+def test_a_short_batch_is_dropped_unless_it_is_the_only_one(length: int, batch_size: int, sizes: list[int]) -> None:
     loader = Tiny(length, batch_size=batch_size).train_dataloader()
     assert [len(batch["name"]) for batch in loader] == sizes
 
@@ -220,9 +210,7 @@ def test_shapes_are_the_same_in_another_process() -> None:
         "d = ShapesDataset('val', 9, size=64, seed=3);"
         "print(hashlib.sha256(b''.join(d[i]['image'].numpy().tobytes() for i in range(9))).hexdigest())"
     )
-    there = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.strip()
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     dataset = ShapesDataset("val", 9, size=64, seed=3)
     for i in (8, 3, 3, 0):
         dataset[i]  # neither the order of the calls nor their number matters
@@ -320,9 +308,7 @@ def test_camvid_strips_the_prefix_and_voids_label_11(camvid: Path) -> None:
     assert CamVid(camvid).dataset("test")[0]["name"] == "train_0"
 
 
-@pytest.mark.skipif(
-    "CAMVID_ROOT" not in os.environ, reason="CAMVID_ROOT names no folder with the real CamVid"
-)
+@pytest.mark.skipif("CAMVID_ROOT" not in os.environ, reason="CAMVID_ROOT names no folder with the real CamVid")
 def test_the_real_camvid() -> None:
     data = CamVid(os.environ["CAMVID_ROOT"])
     lengths = [len(data.dataset(split)) for split in ("train", "val")]  # type: ignore[arg-type]
@@ -457,9 +443,7 @@ def test_what_is_wrong_with_files_is_said_in_a_sentence(
         (lambda p: read_image(p / "a.png"), "does not exist"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(
-    tmp_path: Path, build: Callable[[Path], object], message: str
-) -> None:
+def test_options_that_make_no_sense_are_refused(tmp_path: Path, build: Callable[[Path], object], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         build(tmp_path)
 
@@ -497,9 +481,7 @@ def test_yaml_gives_a_data_module(source: str, folder: Path, camvid: Path) -> No
     }
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=SegmentationData)
-    config = parser.parse_object(
-        {"data": {"class_path": f"lightning_atrous.data.{source}", "init_args": options}}
-    )
+    config = parser.parse_object({"data": {"class_path": f"lightning_atrous.data.{source}", "init_args": options}})
     assert parser.parse_string(parser.dump(config)) == config
     data = parser.instantiate(config).data
     assert data.augment == Augment((16, 24), (0.75, 1.5), flip=0)

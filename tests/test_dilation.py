@@ -82,9 +82,7 @@ def maps(net: nn.Module, x: Tensor) -> list[Tensor]:
     return [y] if isinstance(y, Tensor) else list(y)
 
 
-def assert_theorem(
-    net: nn.Module, output_strides: tuple[int, ...], sizes: tuple[tuple[int, int], ...] = SIZES
-) -> None:
+def assert_theorem(net: nn.Module, output_strides: tuple[int, ...], sizes: tuple[tuple[int, int], ...] = SIZES) -> None:
     net = random_doubles(net, sizes[0])
     images = [torch.randn(2, 3, *size, dtype=torch.double) for size in sizes]
     expected = [maps(net, image) for image in images]
@@ -139,9 +137,7 @@ class Standardised(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
-        return F.conv2d(
-            x, weight / weight.std(), self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        return F.conv2d(x, weight / weight.std(), self.bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class SameAverage(nn.AvgPool2d):
@@ -231,9 +227,7 @@ def test_only_what_follows_the_lost_stride_is_dilated():
     found = {
         name: (module.stride[0], module.dilation[0], module.padding[0])
         for name, module in net.named_modules()
-        if isinstance(module, nn.Conv2d)
-        and module.kernel_size == (3, 3)
-        and name[:6] in ("layer2", "layer3", "layer4")
+        if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3) and name[:6] in ("layer2", "layer3", "layer4")
     }
     assert found.pop("layer2.0.conv1") == (2, 1, 1)
     assert found.pop("layer3.0.conv1") == (1, 1, 1)
@@ -262,9 +256,7 @@ def test_dilated_convolution_is_the_naive_sum():
 
 
 def test_dilated_average_is_the_naive_mean():
-    net = nn.Sequential(
-        nn.MaxPool2d(1, stride=2), nn.AvgPool2d(2, stride=2, ceil_mode=True, count_include_pad=False)
-    )
+    net = nn.Sequential(nn.MaxPool2d(1, stride=2), nn.AvgPool2d(2, stride=2, ceil_mode=True, count_include_pad=False))
     set_output_stride(net, 1, in_channels=1)
     x = torch.randn(8, 10)
     expected = torch.empty_like(x)
@@ -473,7 +465,7 @@ def test_the_proof_does_not_see_the_weights():
 
 
 def test_rounding_alone_is_not_refused(monkeypatch):
-    monkeypatch.setattr("lightning_atrous.dilation._TOLERANCE", 1e-6)
+    monkeypatch.setattr("lightning_atrous.dilation.network.TOLERANCE", 1e-6)
     set_output_stride(timm_net("tf_efficientnet_lite0"), 8)  # 2e-5 in float32, 1e-14 in float64
 
 
@@ -503,16 +495,12 @@ def test_theorem_at_odd_sizes():
 
 
 def test_gradients():
-    net = chain(
-        nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), nn.Conv2d(4, 4, 2, stride=2)
-    ).double()
+    net = chain(nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False), nn.Conv2d(4, 4, 2, stride=2)).double()
     set_output_stride(net, 2)
     x = torch.randn(1, 3, 6, 7, dtype=torch.double, requires_grad=True)
     assert torch.autograd.gradcheck(net, (x,))
     net(x).square().sum().backward()
-    assert all(
-        parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in net.parameters()
-    )
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in net.parameters())
 
 
 def test_training_step_moves_the_weights():
@@ -521,9 +509,7 @@ def test_training_step_moves_the_weights():
     before = copy.deepcopy(net.state_dict())
     net(torch.randn(2, 3, 64, 64))[-1].square().mean().backward()
     torch.optim.SGD(net.parameters(), lr=0.1).step()
-    assert any(
-        not torch.equal(value, before[key]) for key, value in net.state_dict().items() if "conv" in key
-    )
+    assert any(not torch.equal(value, before[key]) for key, value in net.state_dict().items() if "conv" in key)
 
 
 def awkward() -> nn.Module:

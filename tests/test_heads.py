@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_atrous.context import ASPP, rates_at_reduction
-from lightning_atrous.heads import HEADS, FCN, DeepLabV3, DeepLabV3Plus, create_head
+from lightning_atrous.heads import FCN, HEADS, DeepLabV3, DeepLabV3Plus, create_head
 from lightning_atrous.types import FeatureInfo
 
 CHANNELS = (6, 8, 12, 20)

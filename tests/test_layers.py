@@ -49,7 +49,7 @@ def test_image_pool_trains_with_one_image_and_is_a_mean() -> None:
     out = pool(torch.randn(1, 4, 5, 3))
     assert out.shape == (1, 6, 5, 3)
     out.sum().backward()
-    assert pool.conv.weight.grad is not None and pool.conv.weight.grad.isfinite().all()
+    assert pool.conv.weight.grad.isfinite().all()
     assert int(pool.norm.num_batches_tracked) == 0
     pool(torch.randn(2, 4, 5, 3))
     assert int(pool.norm.num_batches_tracked) == 1

@@ -50,9 +50,7 @@ def test_equals_pytorch_on_interpolated_logits(
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
     )
-    loss = CrossEntropy(
-        class_info(ignore_index), class_weights=class_weights, label_smoothing=label_smoothing
-    )
+    loss = CrossEntropy(class_info(ignore_index), class_weights=class_weights, label_smoothing=label_smoothing)
     value = loss(logits, target)
     assert isinstance(loss, Loss)
     assert value.shape == ()
@@ -154,9 +152,7 @@ def test_smoothing_has_a_range(label_smoothing: float) -> None:
         ((2, 4, 4, 4), (2, 1, 8, 8), r"expected an int64 target .* got torch.int64 \(2, 1, 8, 8\)"),
     ],
 )
-def test_shapes_that_do_not_fit_are_named(
-    logits: tuple[int, ...], target: tuple[int, ...], message: str
-) -> None:
+def test_shapes_that_do_not_fit_are_named(logits: tuple[int, ...], target: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CrossEntropy(class_info())(torch.zeros(logits), torch.zeros(target, dtype=torch.int64))
 

@@ -27,9 +27,7 @@ def class_info(k: int, ignore_index: int = 255) -> ClassInfo:
     return ClassInfo(tuple(f"class{i}" for i in range(k)), ignore_index=ignore_index)
 
 
-def random_pair(
-    k: int, shape: tuple[int, ...], *, ignore_index: int = 255, seed: int = 0
-) -> tuple[Tensor, Tensor]:
+def random_pair(k: int, shape: tuple[int, ...], *, ignore_index: int = 255, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A class map and a target, a fifth of it ignored."""
     rng = torch.Generator().manual_seed(seed)
     prediction, target = torch.randint(k, (2, *shape), generator=rng)
@@ -164,9 +162,7 @@ def test_half_precision_is_raised_in_float32() -> None:
     _, target = random_pair(7, (2, 32, 48))
     logits = torch.randn(2, 7, 4, 6, generator=torch.Generator().manual_seed(0)).bfloat16()
     classes = class_info(7)
-    assert torch.equal(
-        confusion_matrix(logits, target, classes), confusion_matrix(logits.float(), target, classes)
-    )
+    assert torch.equal(confusion_matrix(logits, target, classes), confusion_matrix(logits.float(), target, classes))
 
 
 def test_inputs_are_left_as_they_were_and_no_graph_is_kept() -> None:

@@ -88,12 +88,8 @@ MISTYPED = {
 @pytest.mark.parametrize("case", sorted(MISTYPED))
 def test_a_mistake_is_one_sentence(case: str, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (workdir / "key.yaml").write_text("modle: {head: fcn}\n")
-    (workdir / "option.yaml").write_text(
-        "model: {backbone: {name: resnet18, output_strid: 8}}\ndata: Shapes\n"
-    )
-    (workdir / "head.yaml").write_text(
-        "model: {backbone: {name: resnet18}, head: {class_path: fcm}}\ndata: Shapes\n"
-    )
+    (workdir / "option.yaml").write_text("model: {backbone: {name: resnet18, output_strid: 8}}\ndata: Shapes\n")
+    (workdir / "head.yaml").write_text("model: {backbone: {name: resnet18}, head: {class_path: fcm}}\ndata: Shapes\n")
     arguments, says = MISTYPED[case]
     before = sorted(workdir.rglob("*"))
     with pytest.raises(SystemExit) as stop:

@@ -18,9 +18,7 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 8, 3)
-        self.norms = nn.Sequential(
-            nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.LayerNorm((4, 4)), nn.RMSNorm((4, 4))
-        )
+        self.norms = nn.Sequential(nn.BatchNorm2d(8), nn.GroupNorm(2, 8), nn.LayerNorm((4, 4)), nn.RMSNorm((4, 4)))
         self.gamma = nn.Parameter(torch.ones(8))
         self.bias = nn.Parameter(torch.zeros(1, 8, 1, 1))
 
@@ -50,9 +48,7 @@ def test_groups_partition_the_trainable_parameters(decay_norm_and_bias: bool) ->
 
 def test_norms_and_biases_are_not_decayed() -> None:
     model = Net()
-    groups = {
-        group["name"]: group for group in parameter_groups(model, model.backbone, backbone_lr_factor=0.1)
-    }
+    groups = {group["name"]: group for group in parameter_groups(model, model.backbone, backbone_lr_factor=0.1)}
     assert list(groups) == ["backbone", "backbone_no_decay", "head", "head_no_decay"]
     assert names_of(model, groups["backbone"]) == {"backbone.0.conv.weight", "backbone.1.conv.weight"}
     assert names_of(model, groups["head"]) == {"head.weight"}
@@ -70,13 +66,9 @@ def test_everything_is_decayed_on_request() -> None:
 
 def test_of_a_real_network_only_the_kernels_are_decayed() -> None:
     timm = pytest.importorskip("timm")
-    model = nn.ModuleDict(
-        {"backbone": timm.create_model("resnet18", num_classes=0), "head": nn.Conv2d(512, 2, 1)}
-    )
+    model = nn.ModuleDict({"backbone": timm.create_model("resnet18", num_classes=0), "head": nn.Conv2d(512, 2, 1)})
     groups = {group["name"]: group for group in parameter_groups(model, model["backbone"])}
-    kernels = {
-        f"backbone.{n}.weight" for n, m in model["backbone"].named_modules() if isinstance(m, nn.Conv2d)
-    }
+    kernels = {f"backbone.{n}.weight" for n, m in model["backbone"].named_modules() if isinstance(m, nn.Conv2d)}
     assert names_of(model, groups["backbone"]) == kernels
     assert sum(len(group["params"]) for group in groups.values()) == len(list(model.parameters()))
 
@@ -95,9 +87,7 @@ def test_shared_parameters_stand_in_one_group() -> None:
 
 def test_groups_that_cannot_be_are_refused() -> None:
     model = Net()
-    with pytest.raises(
-        ValueError, match=r"backbone_lr_factor must be positive, got 0; .*requires_grad_\(False\)"
-    ):
+    with pytest.raises(ValueError, match=r"backbone_lr_factor must be positive, got 0; .*requires_grad_\(False\)"):
         parameter_groups(model, model.backbone, backbone_lr_factor=0)
     with pytest.raises(ValueError, match="Sequential, given as the backbone, is no part of Net"):
         parameter_groups(model, Net().backbone)
@@ -137,9 +127,7 @@ def test_poly_rises_to_the_peak_and_falls_to_the_floor(floor: float) -> None:
     assert curve[30] == 1
     assert all(a >= b for a, b in pairwise(curve[30:]))
     assert curve[100:] == [floor] * 30
-    assert (
-        max(abs(a - b) for a, b in pairwise(curve[:101])) < 0.05
-    )  # no jump, where the warm-up ends or elsewhere
+    assert max(abs(a - b) for a, b in pairwise(curve[:101])) < 0.05  # no jump, where the warm-up ends or elsewhere
 
 
 def test_a_run_shorter_than_its_warm_up_is_cut_off() -> None:

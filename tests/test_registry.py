@@ -36,7 +36,8 @@ def test_plugins_load_once_and_a_broken_one_hurts_nobody(monkeypatch: pytest.Mon
     things: Registry[dict] = Registry("thing", "tests.things")
     things.register("twin")(dict)
     assert list(things) == ["good", "twin"]
-    assert "good" in things and len(things) == 2
+    assert "good" in things
+    assert len(things) == 2
     assert asked == ["tests.things"]
     assert "no_such_module" in things.broken["bad"]
     assert "two things are named 'twin'" in things.broken["twin"]

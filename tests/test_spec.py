@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from lightning_atrous.heads import HEADS, FCN, DeepLabV3Plus
+from lightning_atrous.heads import FCN, HEADS, DeepLabV3Plus
 from lightning_atrous.spec import build, describe
 from lightning_atrous.types import FeatureInfo
 
@@ -34,7 +34,7 @@ def test_what_has_no_import_path_is_refused(factory: object) -> None:
 
 
 def test_options_that_are_no_plain_values_are_refused() -> None:
-    with pytest.raises(ValueError, match="option channels of .*FCN is tensor"):
+    with pytest.raises(ValueError, match=r"option channels of .*FCN is tensor"):
         describe(functools.partial(FCN, channels=torch.tensor(3)))
 
 

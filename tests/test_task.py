@@ -96,9 +96,7 @@ def test_a_step_is_the_textbook_loss_and_trains_everything(b: int, monkeypatch: 
     sample = batch(b)
     logits, aux = this.model.forward_train(sample["image"])
     expected = [
-        F.cross_entropy(
-            F.interpolate(x, sample["mask"].shape[1:], mode="bilinear"), sample["mask"], ignore_index=255
-        )
+        F.cross_entropy(F.interpolate(x, sample["mask"].shape[1:], mode="bilinear"), sample["mask"], ignore_index=255)
         for x in (logits, aux)
     ]
     loss = this.training_step(sample, 0)
@@ -166,18 +164,14 @@ def test_a_checkpoint_of_another_model_or_other_classes_is_refused(tmp_path: Pat
     checkpoint = read_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match=r"checkpoint's head is .*DeepLabV3Plus, but this run builds .*FCN"):
         task(classes=data.classes, head=FCN).on_load_checkpoint(checkpoint)
-    with pytest.raises(
-        ValueError, match="trained on the classes background, disk.* but the data has a, b, c"
-    ):
+    with pytest.raises(ValueError, match=r"trained on the classes background, disk.* but the data has a, b, c"):
         task().on_load_checkpoint(checkpoint)
     with pytest.raises(ValueError, match="not written by lightning-atrous"):
         task().on_load_checkpoint({"state_dict": {}})
     # what is not registered is not imported
     checkpoint[SPEC_KEY]["head"]["class_path"] = "my_package.MyHead"
     torch.save(checkpoint, tmp_path / "b.ckpt")
-    with pytest.raises(
-        ValueError, match=r"asks for my_package\.MyHead, which no installed package registers"
-    ):
+    with pytest.raises(ValueError, match=r"asks for my_package\.MyHead, which no installed package registers"):
         lightning_atrous.load(tmp_path / "b.ckpt")
 
 

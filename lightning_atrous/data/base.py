@@ -152,9 +152,7 @@ class _EpochOrder(DistributedSampler):
 class _Augmented(Dataset[Sample]):
     """A dataset whose transform is a pure function of seed, epoch and index: of no worker, and of no past."""
 
-    def __init__(
-        self, dataset: Dataset[Sample], augment: Augment | None, *, seed: int, ignore_index: int
-    ) -> None:
+    def __init__(self, dataset: Dataset[Sample], augment: Augment | None, *, seed: int, ignore_index: int) -> None:
         self.dataset, self.augment, self.seed, self.ignore_index = dataset, augment, seed, ignore_index
 
     def __len__(self) -> int:
@@ -238,9 +236,7 @@ class SegmentationData(LightningDataModule, ABC):
         seed = torch.initial_seed() % 2**32
         if self.trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)  # ranks that were not seeded share the order too
-        dataset = _Augmented(
-            self.dataset("train"), self.augment, seed=seed, ignore_index=self.classes.ignore_index
-        )
+        dataset = _Augmented(self.dataset("train"), self.augment, seed=seed, ignore_index=self.classes.ignore_index)
         sampler = _EpochOrder(dataset, *self._ranks(), shuffle=True, seed=seed)
         return self._loader(dataset, sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
 

@@ -58,14 +58,10 @@ class Folder(SegmentationData):
     ) -> None:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
-            raise ValueError(
-                f"there is no folder {self.root}; pass as root what holds {images}/ and {masks}/"
-            )
+            raise ValueError(f"there is no folder {self.root}; pass as root what holds {images}/ and {masks}/")
         names = _lines(self.root / "classes.txt") if class_names is None else class_names
         if names is None:
-            raise ValueError(
-                f"no class_names, nor a file {self.root / 'classes.txt'}; give one name a line there"
-            )
+            raise ValueError(f"no class_names, nor a file {self.root / 'classes.txt'}; give one name a line there")
         super().__init__(
             ClassInfo(tuple(names), tuple(palette or ()), ignore_index),
             batch_size=batch_size,

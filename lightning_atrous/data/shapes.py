@@ -249,9 +249,7 @@ class Shapes(SegmentationData):
             if value < low:
                 raise ValueError(f"{name} must be at least {low}, got {value}")
         if len(shapes) != 2 or not 0 <= shapes[0] <= shapes[1]:
-            raise ValueError(
-                f"shapes must be the fewest and the most in an image, got {list(shapes)}; try [3, 5]"
-            )
+            raise ValueError(f"shapes must be the fewest and the most in an image, got {list(shapes)}; try [3, 5]")
         self.size, self.shapes, self.seed = size, shapes, seed
         self.lengths: dict[Split, int] = {"train": train_length, "val": val_length, "test": test_length}
 

@@ -55,9 +55,7 @@ class DeepLabV3Plus(Head):
     ) -> None:
         super().__init__(info, num_classes)
         if decoder_convs < 1:
-            raise ValueError(
-                f"decoder_convs must be at least 1, got {decoder_convs}; without a decoder take deeplabv3"
-            )
+            raise ValueError(f"decoder_convs must be at least 1, got {decoder_convs}; without a decoder take deeplabv3")
         self.rates, self.rates_at = tuple(rates), rates_at
         self.low_level = level_of_reduction(info, 4, "deeplabv3plus")
         last = info[-1]

@@ -45,9 +45,7 @@ class FCN(Head):
     ) -> None:
         super().__init__(info, num_classes)
         if not -len(info) <= level < len(info):
-            raise ValueError(
-                f"level {level} asked of a backbone with {len(info)} levels; take -{len(info)} to -1"
-            )
+            raise ValueError(f"level {level} asked of a backbone with {len(info)} levels; take -{len(info)} to -1")
         if convs < 0:
             raise ValueError(f"convs must be 0 or more, got {convs}")
         self.level = level

@@ -1,0 +1,20 @@
+"""À trous: a strided network turned, in place and exactly, into one of a finer output stride.
+
+Where a network gives up a stride, what follows takes its taps at holes (trous) of that width, and every
+``k``-th position of the dense map is the map of before. With the same weights, in eval mode, borders too:
+
+    ``dilated(x)[..., ::k, ::k] == strided(x)``,  ``k`` = old stride / new stride.
+
+Sources: Holschneider et al. 1989 (algorithme à trous); Chen et al., DeepLab (arXiv:1412.7062, 1606.00915) and
+DeepLabv3 (arXiv:1706.05587, section 3.1). Unlike many implementations, an op that gives up its stride keeps
+the dilation of its own input: only what comes after it is dilated.
+
+No family of networks is known here. Every op is placed by the sizes of the maps it meets in one run,
+rewritten by arithmetic, and the whole is proved on weights drawn at random. What takes statistics over the
+map (squeeze-excite, group norm, attention) sees a denser map, hence other numbers, and is refused.
+"""
+
+from lightning_atrous.dilation.network import Dilation, set_output_stride
+from lightning_atrous.dilation.ops import DilationError
+
+__all__ = ["Dilation", "DilationError", "set_output_stride"]

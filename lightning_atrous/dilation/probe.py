@@ -1,0 +1,100 @@
+"""Where every operation of the strided network stands: at which strides it is called."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_atrous.dilation.ops import KERNELS, SETTINGS, Call, DilationError, Op, is_map, is_op, pair
+from lightning_atrous.dilation.proof import drawn, hooked, run
+
+__all__ = ["probe"]
+
+SIZES = ((64, 96), (128, 192), (320, 384))
+"""Of the probe's image; the larger for networks that don't pad."""
+
+
+def probe(module: nn.Module, in_channels: int) -> tuple[tuple[int, int], list[Op], tuple[int, ...]]:
+    """Run the strided network on the smallest image that leaves no doubt about its strides.
+
+    Returns:
+        The image's size; the ops that were called; the reduction of each output.
+    """
+    twin = copy.deepcopy(module, drawn(module, torch.Generator(), torch.float32))
+    originals = dict(zip(twin.modules(), module.modules(), strict=True))
+    failure, found = None, None
+    for size in SIZES:
+        recorder = _Recorder(twin, size)
+        try:
+            with hooked(twin, after=recorder):
+                outputs = run(twin, torch.zeros(1, in_channels, *size, device="cpu"))
+        except Exception as raised:  # whatever a foreign module raises on a size that it does not take
+            failure = raised
+            continue
+        found = recorder, tuple(map(recorder.stride, outputs))
+        if recorder.certain and min(x.shape[-2] for x in outputs) > 1:
+            break
+    if found is None:
+        raise DilationError(f"the network ran on no image of a size in {SIZES}: {failure}") from failure
+    recorder, reductions = found
+    if any(abs(math.log2(1.5 * x.shape[-2] / x.shape[-1])) > 0.6 for x in outputs):
+        shapes = [tuple(x.shape) for x in outputs]
+        raise DilationError(f"expected maps (B, C, h, w), but an image of {recorder.size} gave {shapes}")
+    ops = [replace(op, module=originals[op.module]) for op in recorder.ops.values() if op.calls]
+    return recorder.size, ops, reductions
+
+
+class _Recorder:
+    """Forward hook: at which strides every op is called."""
+
+    def __init__(self, module: nn.Module, size: tuple[int, int]) -> None:
+        self.size = size
+        self.certain = True
+        self.ops = {
+            child: Op(name, child, {key: vars(child)[key] for key in SETTINGS if key in vars(child)})
+            for name, child in module.named_modules()
+            if is_op(child)
+        }
+
+    def stride(self, x: Tensor) -> int:
+        """Image pixels per pixel of the map, to the nearest power of two."""
+        exponents = [math.log2(whole / n) for whole, n in zip(self.size, x.shape[-2:], strict=True)]
+        nearest = max(round(sum(exponents) / 2), 0)
+        self.certain &= all(abs(exponent - nearest) < 0.2 for exponent in exponents)
+        return 2**nearest
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if module not in self.ops or not (args and is_map(args[0]) and is_map(output)):
+            return
+        x = args[0]
+        if x.shape[-2:].numel() == 1:  # the gate of a squeeze-excite: no neighbours to hold apart
+            return
+        stride_in, stride_out = self.stride(x), self.stride(output)
+        if stride_out >= stride_in:  # what refines is left for the proof to judge
+            fills = _fills(module, x, output)
+            sizes = zip(output.shape[-2:], self.size, strict=True)
+            covers = all(n * stride_out == whole for n, whole in sizes)
+            strides = zip(x.shape[-2:], output.shape[-2:], pair(vars(module).get("stride", 1)), strict=True)
+            spare = pair([max(n - m * s, 0) for n, m, s in strides]) if fills or covers else None
+            self.ops[module].calls.add(Call(stride_in, stride_out, spare, fills and _pads_itself(module, x)))
+
+
+def _fills(module: nn.Module, x: Tensor, output: Tensor) -> bool:
+    strides = pair(vars(module).get("stride", 1))
+    return all(m == -(-n // s) for n, m, s in zip(x.shape[-2:], output.shape[-2:], strides, strict=True))
+
+
+def _pads_itself(module: nn.Module, x: Tensor) -> bool:
+    """Try a foreign forward, told to pad nothing, on one pixel less: only its own padding fills that."""
+    forward = type(module).forward
+    if not isinstance(module, KERNELS) or any(forward is kind.forward for kind in KERNELS):
+        return False
+    if module.padding not in (0, (0, 0)) or getattr(module, "ceil_mode", False):
+        return False
+    smaller = x[..., 1:, 1:]
+    return _fills(module, smaller, forward(module, smaller))

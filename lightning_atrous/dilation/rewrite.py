@@ -1,0 +1,165 @@
+"""What becomes of an operation at another output stride: arithmetic on its attributes, and a forward around its own."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_atrous.dilation.ops import KERNELS, Call, DilationError, Op, pair
+
+__all__ = ["rewrite"]
+
+
+def rewrite(op: Op, output_stride: int) -> dict[str, Any]:
+    """The attributes that an op takes on at an output stride.
+
+    Raises:
+        DilationError: It is called at several strides, which want different ones.
+    """
+    first, *others = (_rewrite_call(op, call, output_stride) for call in op.calls)
+    if any(other != first for other in others):
+        strides = sorted({call.stride_in for call in op.calls})
+        raise DilationError(
+            f"output stride {output_stride} is not exact for this network: '{op.name}' "
+            f"({type(op.module).__name__}) is called at the strides {strides}, and an op has one dilation"
+        )
+    return first
+
+
+def _rewrite_call(op: Op, call: Call, output_stride: int) -> dict[str, Any]:
+    rate = max(call.stride_in // output_stride, 1)  # by which its input is denser
+    given_up = max(call.stride_out // output_stride, 1) // rate  # of its own stride
+    if rate == given_up == 1:
+        return {}
+    module, settings = op.module, op.settings
+    if isinstance(module, nn.ConstantPad2d):
+        return {"padding": tuple(rate * pad for pad in settings["padding"])}
+    if not isinstance(module, KERNELS) or getattr(module, "padding_mode", "zeros") != "zeros":
+        stride = settings["stride"]
+        less = stride // given_up if isinstance(stride, int) else tuple(s // given_up for s in stride)
+        return {"stride": less, "forward": _Forward(module, phases=rate)}
+    return _rewrite_kernel(op, call, rate, given_up)
+
+
+def _rewrite_kernel(op: Op, call: Call, rate: int, given_up: int) -> dict[str, Any]:
+    """A convolution or a pool; one that can't be dilated is kept as it is, on phases."""
+    module, settings = op.module, op.settings
+    assert isinstance(module, KERNELS)
+    phases = 1 if "dilation" in settings else rate
+    rate = rate // phases
+    kernels, dilations = pair(module.kernel_size), pair(settings.get("dilation", 1))
+    strides, paddings = pair(settings["stride"]), _padding(op)
+    new: dict[str, Any] = {"stride": pair([s // given_up for s in strides]), "padding": (0, 0)}
+    if "dilation" in settings:  # a 1×1 kernel has nothing to dilate, and is faster so
+        new["dilation"] = pair([d * rate if k > 1 else d for k, d in zip(kernels, dilations, strict=True)])
+    if "ceil_mode" in settings:
+        new["ceil_mode"] = False
+    reaches = [d * (k - 1) for d, k in zip(dilations, kernels, strict=True)]
+    if call.pads_itself:
+        rows, columns = (_pad_same(r, s, rate) for r, s in zip(reaches, strides, strict=True))
+    else:
+        sides = zip(reaches, strides, paddings, call.spare or (None, None), strict=True)
+        rows, columns = (_pad(r, s // given_up, p, rate, spare) for r, s, p, spare in sides)
+    even = rows.left == rows.right and columns.left == columns.right
+    pools = not isinstance(module, nn.Conv2d)  # torch lets these have half a kernel of padding at most
+    if even and not (pools and (2 * rows.left > kernels[0] or 2 * columns.left > kernels[1])):
+        new["padding"] = (rows.left, columns.left)
+        return new if phases == 1 else new | {"forward": _Forward(module, phases=phases)}
+    counted = None
+    if isinstance(module, nn.AvgPool2d) and module.divisor_override is None and not call.pads_itself:
+        counted = paddings if settings["count_include_pad"] else (0, 0)
+        new["count_include_pad"] = True
+    new["forward"] = _Forward(
+        module,
+        phases=phases,
+        pad=(columns.left, columns.right, rows.left, rows.right),
+        fill=-math.inf if isinstance(module, nn.MaxPool2d) else 0.0,
+        crop=(rows.crop, columns.crop),
+        counted=counted,
+    )
+    return new
+
+
+class _Pad(NamedTuple):
+    """Pixels to add along an axis, and outputs to drop on its left."""
+
+    left: int
+    right: int
+    crop: int = 0
+
+
+def _pad(reach: int, stride: int, padding: int, rate: int, spare: int | None) -> _Pad:
+    """What goes around a map of ``rate`` times the pixels, for a kernel that saw ``reach + 1`` of the old.
+
+    On the left the taps stay in place. On the right comes what a whole map needs, where it was whole before.
+    """
+    left = rate * padding
+    return _Pad(left, left if spare is None else max(rate * (reach - spare) + 1 - stride - left, 0))
+
+
+def _pad_same(reach: int, stride: int, rate: int) -> _Pad:
+    """The same where the op pads by itself: at stride 1, half the reach on the left, which is too much."""
+    left = rate * (max(reach + 1 - stride, 0) // 2)  # of an even map
+    shift = rate * reach // 2 - left
+    return _Pad(0, shift, shift)
+
+
+def _padding(op: Op) -> tuple[int, int]:
+    """The left padding of a strided kernel, some of which torch spells."""
+    padding, kernels = op.settings["padding"], vars(op.module)["kernel_size"]
+    if padding == "same":
+        return pair([d * (k - 1) // 2 for d, k in zip(op.settings["dilation"], kernels, strict=True)])
+    return (0, 0) if padding == "valid" else pair(padding)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """The forward of a rewritten op, where attributes alone can't say it.
+
+    The op's own forward stays inside (it may standardise its weights). Around it the map is padded, unequally
+    on its sides, and split into phases: on every ``phases``-th pixel, an undilated kernel is a dilated one.
+    """
+
+    op: nn.Module
+    phases: int = 1
+    pad: tuple[int, int, int, int] = (0, 0, 0, 0)
+    fill: float = 0.0
+    crop: tuple[int, int] = (0, 0)
+    counted: tuple[int, int] | None = None
+    """For an average that counts pixels: the padding that counts as such."""
+
+    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        height, width = x.shape[-2:]
+        x = _split(x, self.phases)
+        forward, (left, right, top, bottom) = type(self.op).forward, self.pad
+        y = forward(self.op, F.pad(x, self.pad, value=self.fill) if any(self.pad) else x, *rest)
+        if self.counted is not None:  # the share of each window that is there to be averaged
+            rows, columns = self.counted
+            ones = F.pad(x.new_ones(1, 1, *x.shape[-2:]), (columns, columns, rows, rows), value=1.0)
+            around = (left - columns, right - columns, top - rows, bottom - rows)
+            y = y / forward(self.op, F.pad(ones, around))
+        y = _join(y[..., self.crop[0] :, self.crop[1] :], self.phases)
+        return y[..., : y.shape[-2] - -height % self.phases, : y.shape[-1] - -width % self.phases]
+
+
+def _split(x: Tensor, phases: int) -> Tensor:
+    """``(B, C, h, w)`` → its sub-grids ``(r·r·B, C, ⌈h/r⌉, ⌈w/r⌉)``, that of the first pixel first."""
+    if phases == 1:
+        return x
+    x = F.pad(x, (0, -x.shape[-1] % phases, 0, -x.shape[-2] % phases))
+    return torch.cat([x[..., i::phases, j::phases] for i in range(phases) for j in range(phases)])
+
+
+def _join(x: Tensor, phases: int) -> Tensor:
+    """The inverse of `_split`: ``(r·r·B, C, h, w)`` → ``(B, C, r·h, r·w)``, in the same memory format."""
+    if phases == 1:
+        return x
+    contiguous = x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if contiguous else torch.contiguous_format
+    grids = x.unflatten(0, (phases, phases, -1)).permute(2, 3, 4, 0, 5, 1)  # B C h r w r
+    return grids.flatten(4).flatten(2, 3).contiguous(memory_format=layout)
