@@ -48,7 +48,8 @@ def curve(metrics: Path, output: Path, *, width: int = 640, height: int = 320) -
     left, right, top, bottom = 44, 12, 28, 34
     across, down = width - left - right, height - top - bottom
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"',
+        ' font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="#fff"/>',
     ]
     high = max(1.0, *(float(row["train/loss"]) for row in rows if row.get("train/loss")))

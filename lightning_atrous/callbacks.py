@@ -56,7 +56,8 @@ class RunProgress(ProgressBar):
         if not self._enabled:
             return
         assert isinstance(pl_module, SegmentationTask)
-        self.console.print(_headline(pl_module), highlight=False)
+        where = os.path.relpath(trainer.default_root_dir)
+        self.console.print(f"{_headline(pl_module)}\nwriting to {where}", highlight=False, soft_wrap=True)
         self._open(int(trainer.estimated_stepping_batches))
 
     def on_train_batch_end(
@@ -112,7 +113,7 @@ class RunProgress(ProgressBar):
             self._close()
         elif self._enabled and not trainer.sanity_checking:
             line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  step {trainer.global_step:>5}  "
-            self.console.print(line + self._state(trainer), highlight=False)
+            self.console.print(line + self._state(trainer), highlight=False, soft_wrap=True)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Close the bar."""

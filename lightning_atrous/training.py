@@ -1,0 +1,228 @@
+"""``fit``, ``validate`` and ``test``: LightningCLI with our task, our data, and one directory a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.trainer import Trainer
+from torch.optim import Optimizer
+
+from lightning_atrous.callbacks import AppendingCSVLogger, RunProgress, ScoreTable
+from lightning_atrous.complaints import Complaint, clarify
+from lightning_atrous.data import SegmentationData
+from lightning_atrous.heads import HEADS, Head
+from lightning_atrous.losses import Loss
+from lightning_atrous.names import translate_arguments, translate_yaml
+from lightning_atrous.optim import SGD_RECIPE
+from lightning_atrous.runs import CHECKPOINTS, find_checkpoint, fresh_directory
+from lightning_atrous.spec import describe
+from lightning_atrous.task import SPEC_KEY, SegmentationTask, read_checkpoint
+
+__all__ = ["TrainingCLI"]
+
+SLOTS = {"model.head": (HEADS, Head), "model.aux_head": (HEADS, Head)}
+
+CLASSES = {"data": SegmentationData, "model.loss": Loss, "model.optimizer": Optimizer}
+
+
+class Parser(LightningArgumentParser):
+    """Lightning's parser, with registered names in the head slots and one sentence for an error."""
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Any:
+        """Parse YAML in which heads may go by their registered names."""
+        try:
+            return super().parse_string(translate_yaml(content, SLOTS), *args, **kwargs)
+        except ValueError as error:
+            # jsonargparse turns a TypeError into a message about the file
+            raise TypeError(str(error)) from error
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with exit code 2 and say what is wrong, what it is close to, and where to read on."""
+        if not self.exit_on_error:  # the parser of a part, whose error the whole one words
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        prog = parser.prog.replace(" [options]", "")
+        sys.stderr.write(f"{prog}: error: {clarify(message, parser, CLASSES)}\nAll options: {prog} --help\n")
+        sys.exit(2)
+
+
+class ConfigSaver(SaveConfigCallback):
+    """Writes every option as it was resolved into the run's directory, before the first step."""
+
+    def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
+        """Write ``config.yaml``; a resumed run leaves the first one and writes ``config-2.yaml``."""
+        if stage != "fit":
+            return
+        directory = Path(trainer.default_root_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        number, path = 1, directory / "config.yaml"
+        while path.exists():
+            number += 1
+            path = directory / f"config-{number}.yaml"
+        self.parser.save(self.config, str(path), skip_unset=False, multifile=False)
+
+
+class TrainingCLI(LightningCLI):
+    """``fit``, ``validate`` and ``test``: LightningCLI with our task, our data and one directory a run."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        HEADS.load_plugins()
+        self.run_dir = Path()
+        super().__init__(
+            SegmentationTask,
+            SegmentationData,
+            subclass_mode_data=True,
+            save_config_callback=ConfigSaver,
+            save_config_kwargs={"save_to_log_dir": False},
+            trainer_defaults={
+                "enable_model_summary": False,
+                "num_sanity_val_steps": 0,
+                "log_every_n_steps": 10,
+            },
+            seed_everything_default=0,
+            parser_class=Parser,
+            parser_kwargs={
+                "prog": "lightning-atrous",
+                "allow_abbrev": False,
+                **{verb: {"prog": f"lightning-atrous {verb}", "allow_abbrev": False} for verb in self.subcommands()},
+            },
+            args=list(arguments),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs that are ours too; `predict` is one of our own."""
+        return {verb: skip for verb, skip in LightningCLI.subcommands().items() if verb != "predict"}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the run's directory, tie the classes to the data, and show the default optimiser as what it is."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="Where the run writes; runs/<name of the config> where not given. A new run takes the next free "
+            "number behind it, `--ckpt_path last` goes on in the newest.",
+        )
+        parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
+        parser.set_defaults({"model.optimizer": describe(SGD_RECIPE)})
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with the checkpoint's own model beneath what the user gives: what is typed wins."""
+        try:
+            arguments = translate_arguments(args, SLOTS)
+            checkpoint = _value_of("--ckpt_path", arguments)
+            if checkpoint is not None:
+                path = find_checkpoint(checkpoint, _run_base(arguments))
+                arguments = _lay_beneath(arguments, read_checkpoint(path)[SPEC_KEY], path)
+        except ValueError as error:
+            raise Complaint(str(error), exit_code=2) from error
+        self.config = parser.parse_args(arguments)
+
+    def before_instantiate_classes(self) -> None:
+        """Choose the run's directory, and let the trainer and its logger write there."""
+        assert self.subcommand is not None
+        config, trainer = self.config[self.subcommand], self.config[self.subcommand].trainer
+        files = [str(path) for path in config.config or ()]
+        base = Path(config.run_dir or trainer.default_root_dir or _default_base(files))
+        if config.ckpt_path:
+            parent = Path(config.ckpt_path).absolute().parent
+            self.run_dir = parent.parent if parent.name == CHECKPOINTS else parent
+        elif self.subcommand == "fit":
+            self.run_dir = fresh_directory(base)
+        else:
+            raise Complaint(
+                f"{self.subcommand} needs a checkpoint; give --ckpt_path best, last, or the path of a .ckpt file",
+                exit_code=2,
+            )
+        config.run_dir, trainer.default_root_dir = str(base), str(self.run_dir)
+        if self.subcommand != "fit" and trainer.logger is None:
+            trainer.logger = False
+
+    def instantiate_classes(self) -> None:
+        """Build data, task and trainer; what they refuse was typed."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            complaint = Complaint.of(error, exit_code=2)
+            if complaint is None:
+                raise
+            raise complaint from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer with the run's logger, checkpoints, progress and table."""
+        config = self.config[self.subcommand].trainer
+        callbacks: list[Any] = [ScoreTable()]
+        if config.enable_progress_bar is not False:
+            callbacks.append(RunProgress())
+        if self.subcommand == "fit":
+            if config.enable_checkpointing is not False and not config.fast_dev_run:
+                directory = self.run_dir / CHECKPOINTS
+                callbacks += [
+                    # overwritten in place: one best and one last, under names that never change
+                    ModelCheckpoint(directory, "best", monitor="val/miou", mode="max", enable_version_counter=False),
+                    ModelCheckpoint(directory, "last", enable_version_counter=False),
+                ]
+            if config.logger is not False:
+                callbacks.append(LearningRateMonitor("step"))
+            if config.logger is None:
+                kwargs["logger"] = AppendingCSVLogger(str(self.run_dir))
+        trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        return self._instantiate_trainer(trainer_config, callbacks)
+
+
+def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """The last value that the arguments give to an option."""
+    value = None
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument == option:
+            value = following
+        elif argument.startswith(f"{option}="):
+            value = argument.partition("=")[2]
+    return value
+
+
+def _run_base(arguments: Sequence[str]) -> Path:
+    """The run directory that the arguments mean, before they are parsed."""
+    run_dir = _value_of("--run_dir", arguments)
+    config = _value_of("--config", arguments) or _value_of("-c", arguments)
+    if run_dir is None and config is not None and Path(config).is_file():
+        written = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+        run_dir = written.get("run_dir") if isinstance(written, dict) else None
+    return Path(run_dir or _default_base([config] if config else []))
+
+
+def _default_base(configs: Sequence[str]) -> Path:
+    files = [Path(config) for config in configs if config.endswith((".yaml", ".yml", ".json"))]
+    return Path("runs") / (files[-1].stem if files else "run")
+
+
+def _lay_beneath(arguments: Sequence[str], spec: dict[str, Any], path: Path) -> list[str]:
+    """Arguments with a checkpoint's model as the first config, which all others then override."""
+    model = {key: value for key, value in spec.items() if key != "classes"}
+    verb, *rest = arguments
+    rest = _without("--ckpt_path", rest)
+    # the checkpoint brings the weights
+    weights = ["--model.backbone.pretrained", "false"]
+    return [verb, "--config", json.dumps({"model": model}), *rest, *weights, "--ckpt_path", str(path)]
+
+
+def _without(option: str, arguments: Sequence[str]) -> list[str]:
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument == option:
+            skip = True
+        elif not argument.startswith(f"{option}="):
+            kept.append(argument)
+    return kept
