@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Mapping
+import warnings
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -223,23 +224,27 @@ def score_table(confusion: Tensor, classes: ClassInfo, *, title: str) -> Table:
 class AppendingCSVLogger(CSVLogger):
     """Lightning's CSV logger, going on in the file of a run that is resumed instead of deleting it.
 
-    Rows from steps that the resumed run does again are dropped.
-
     Args:
         save_dir: The run's directory; ``metrics.csv`` is right in it.
+        first_step: The first that this run does; earlier rows of later steps are dropped, for they are done again.
     """
 
-    def __init__(self, save_dir: str) -> None:
+    def __init__(self, save_dir: str, *, first_step: int = 0) -> None:
         super().__init__(save_dir, name="", version="")
-        self._earlier: list[dict[str, Any]] = _read_rows(os.path.join(self.log_dir, ExperimentWriter.NAME_METRICS_FILE))
+        path = os.path.join(self.log_dir, ExperimentWriter.NAME_METRICS_FILE)
+        self._earlier = [row for row in _read_rows(path) if int(row["step"]) < first_step]
 
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, Tensor | float], step: int | None = None) -> None:
-        """Write a row; before the first one, the rows of the earlier run up to there."""
-        if self._earlier and step is not None:
-            self.experiment.metrics.extend(row for row in self._earlier if int(row["step"]) < step)
-            self._earlier = []
-        super().log_metrics(dict(metrics), step)
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """Lightning's writer, with the earlier rows written back as soon as it has deleted them."""
+        if self._experiment is None:
+            with warnings.catch_warnings(action="ignore"):  # that it deletes them
+                writer = super().experiment
+            writer.metrics.extend(self._earlier)
+            writer.save()
+        assert isinstance(self._experiment, ExperimentWriter)
+        return self._experiment
 
 
 def _read_rows(path: str) -> list[dict[str, Any]]:

@@ -75,6 +75,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, arguments: Sequence[str]) -> None:
         HEADS.load_plugins()
         self.run_dir = Path()
+        self.first_step = 0
         super().__init__(
             SegmentationTask,
             SegmentationData,
@@ -122,7 +123,9 @@ class TrainingCLI(LightningCLI):
             checkpoint = _value_of("--ckpt_path", arguments)
             if checkpoint is not None:
                 path = find_checkpoint(checkpoint, _run_base(arguments))
-                arguments = _lay_beneath(arguments, read_checkpoint(path)[SPEC_KEY], path)
+                content = read_checkpoint(path)
+                self.first_step = content["global_step"]
+                arguments = _lay_beneath(arguments, content[SPEC_KEY], path)
         except ValueError as error:
             raise Complaint(str(error), exit_code=2) from error
         self.config = parser.parse_args(arguments)
@@ -174,7 +177,7 @@ class TrainingCLI(LightningCLI):
             if config.logger is not False:
                 callbacks.append(LearningRateMonitor("step"))
             if config.logger is None:
-                kwargs["logger"] = AppendingCSVLogger(str(self.run_dir))
+                kwargs["logger"] = AppendingCSVLogger(str(self.run_dir), first_step=self.first_step)
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         return self._instantiate_trainer(trainer_config, callbacks)
 

@@ -23,7 +23,10 @@ def test_a_resumed_run_keeps_the_earlier_rows_and_drops_those_it_does_again(tmp_
     first.save()
     assert written(tmp_path) == [(i, float(i)) for i in range(5)]
     # the checkpoint was after step 2, the kill after step 4; a new column comes too
-    second = AppendingCSVLogger(str(tmp_path))
+    second = AppendingCSVLogger(str(tmp_path), first_step=3)
+    assert second.experiment is second.experiment
+    # a kill before the first row loses nothing
+    assert written(tmp_path) == [(0, 0.0), (1, 1.0), (2, 2.0)]
     for step in range(3, 7):
         second.log_metrics({"loss": 10.0 + step, "miou": 0.5}, step)
     second.save()
