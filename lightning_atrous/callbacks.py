@@ -81,7 +81,7 @@ class RunProgress(ProgressBar):
         """Say how far the validation is; outside `fit` it has a bar of its own."""
         if self._progress is None:
             return
-        total = int(self.total_val_batches_current_dataloader)
+        total = int(sum(trainer.num_val_batches))
         if trainer.state.fn == "fit":
             self._move(trainer.global_step, f"validating {batch_idx + 1}/{total}")
         else:
@@ -102,11 +102,11 @@ class RunProgress(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open a bar where `fit` has none open."""
         if trainer.state.fn == "validate":
-            self._open(int(self.total_val_batches_current_dataloader))
+            self._open(int(sum(trainer.num_val_batches)))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open a bar."""
-        self._open(int(self.total_test_batches_current_dataloader))
+        self._open(int(sum(trainer.num_test_batches)))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Print the line of this validation."""

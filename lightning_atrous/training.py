@@ -101,8 +101,16 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's verbs that are ours too; `predict` is one of our own."""
-        return {verb: skip for verb, skip in LightningCLI.subcommands().items() if verb != "predict"}
+        """Lightning's verbs that are ours too, without its printing of results: `ScoreTable` does that."""
+        return {verb: {*skip, "verbose"} for verb, skip in LightningCLI.subcommands().items() if verb != "predict"}
+
+    def validate(self, **arguments: Any) -> None:
+        """Run the trainer's, quietly."""
+        self.trainer.validate(**arguments, verbose=False)
+
+    def test(self, **arguments: Any) -> None:
+        """Run the trainer's, quietly."""
+        self.trainer.test(**arguments, verbose=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the run's directory, tie the classes to the data, and show the default optimiser as what it is."""

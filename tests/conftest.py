@@ -23,7 +23,7 @@ seed_everything: 3
 trainer: {max_epochs: 2, log_every_n_steps: 1}
 model:
   backbone: {name: test_resnet, output_stride: 16, pretrained: false}
-  head: {class_path: deeplabv3plus, init_args: {channels: 16}}
+  head: {class_path: deeplabv3plus, init_args: {channels: 16, dropout: 0.0}}
 data: {class_path: Shapes, init_args: {size: 48, train_length: 12, val_length: 6, batch_size: 4}}
 """
 """A run of seconds: timm's smallest residual network on small shapes."""
