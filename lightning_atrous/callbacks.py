@@ -54,11 +54,7 @@ class RunProgress(ProgressBar):
         """Say what is trained, and open the bar."""
         super().on_train_start(trainer, pl_module)
         self._started, self._steps_before = time.monotonic(), trainer.global_step
-        if not self._enabled:
-            return
-        assert isinstance(pl_module, SegmentationTask)
-        where = os.path.relpath(trainer.default_root_dir)
-        self.console.print(f"{_headline(pl_module)}\nwriting to {where}", highlight=False, soft_wrap=True)
+        self._announce(pl_module, f"writing to {os.path.relpath(trainer.default_root_dir)}")
         self._open(int(trainer.estimated_stepping_batches))
 
     def on_train_batch_end(
@@ -102,10 +98,12 @@ class RunProgress(ProgressBar):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open a bar where `fit` has none open."""
         if trainer.state.fn == "validate":
+            self._announce(pl_module, f"scoring {trainer.ckpt_path}")
             self._open(int(sum(trainer.num_val_batches)))
 
     def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Open a bar."""
+        self._announce(pl_module, f"scoring {trainer.ckpt_path}")
         self._open(int(sum(trainer.num_test_batches)))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -127,6 +125,11 @@ class RunProgress(ProgressBar):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the terminal back."""
         self._close()
+
+    def _announce(self, pl_module: L.LightningModule, what: str) -> None:
+        if self._enabled:
+            assert isinstance(pl_module, SegmentationTask)
+            self.console.print(f"{_headline(pl_module)}\n{what}", highlight=False, soft_wrap=True)
 
     def _open(self, total: int) -> None:
         if not (self._enabled and self.console.is_terminal):

@@ -46,6 +46,8 @@ class Complaint(Exception):
             return error
         if isinstance(error, MisconfigurationException):
             return cls(" ".join(str(error).split()), exit_code=exit_code)
+        if match := re.search(r"Requirement '.*' not met.*", str(error)):  # Lightning's words, perhaps within others
+            return cls(match[0], exit_code=exit_code)
         if isinstance(error, ValueError):
             # a loader's worker sends its traceback as text
             if match := re.search(r"in DataLoader worker process.*^ValueError: (.*)", str(error), re.S | re.M):

@@ -174,14 +174,14 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Any] = [ScoreTable()]
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgress())
+        if config.enable_checkpointing is not False and not config.fast_dev_run:
+            directory = self.run_dir / CHECKPOINTS
+            callbacks += [
+                # overwritten in place: one best and one last, under names that never change
+                ModelCheckpoint(directory, "best", monitor="val/miou", mode="max", enable_version_counter=False),
+                ModelCheckpoint(directory, "last", enable_version_counter=False),
+            ]
         if self.subcommand == "fit":
-            if config.enable_checkpointing is not False and not config.fast_dev_run:
-                directory = self.run_dir / CHECKPOINTS
-                callbacks += [
-                    # overwritten in place: one best and one last, under names that never change
-                    ModelCheckpoint(directory, "best", monitor="val/miou", mode="max", enable_version_counter=False),
-                    ModelCheckpoint(directory, "last", enable_version_counter=False),
-                ]
             if config.logger is not False:
                 callbacks.append(LearningRateMonitor("step"))
             if config.logger is None:

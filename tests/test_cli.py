@@ -58,6 +58,9 @@ def test_fit_validate_and_test_agree(command: Command, workdir: Path) -> None:
     arguments = ("--ckpt_path", "last", "--run_dir", "runs/tiny", "--data", "Shapes", "--data.size", "48")
     validate = command("validate", *arguments, "--data.val_length", "6")
     assert overall(validate.stdout) == overall(fit.stdout)
+    assert "test_resnet at output stride 16 → DeepLabV3Plus" in validate.stdout
+    assert "Warning" not in validate.stderr
+    assert "Be aware" not in validate.stderr
     test = command("test", "--config", "tiny.yaml", "--ckpt_path", "runs/tiny/checkpoints/last.ckpt")
     assert overall(test.stdout) > 0
     assert "test/miou" not in test.stdout  # Lightning's own table of the same numbers

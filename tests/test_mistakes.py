@@ -71,6 +71,10 @@ MISTYPED = {
     "checkpoint": ((*FIT, "--ckpt_path", "no.ckpt"), "there is no checkpoint at no.ckpt"),
     "no run yet": ((*FIT, "--ckpt_path", "last"), "has a checkpoint last.ckpt yet"),
     "damaged checkpoint": ((*FIT, "--ckpt_path", "tiny.yaml"), "tiny.yaml cannot be read as a checkpoint"),
+    "package not installed": (
+        (*FIT, "--trainer.logger", "lightning.pytorch.loggers.MLFlowLogger"),
+        "mlflow",
+    ),
     "nothing to score": (("validate", "--config", "tiny.yaml"), "validate needs a checkpoint; give --ckpt_path"),
     "power": ((*FIT, "--model.schedule.power", "-1"), "power must be positive, got -1"),
     "class weights": (

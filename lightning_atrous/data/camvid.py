@@ -88,7 +88,7 @@ class CamVid(SegmentationData):
         if not path.is_file():
             raise ValueError(f"there is no list {path}; pass as root the folder of SegNet's CamVid")
         pairs = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8-sig").splitlines():
             paths = line.split()
             if len(paths) not in (0, 2):
                 raise ValueError(f"{path} has the line '{line}', expected the paths of an image and a mask")

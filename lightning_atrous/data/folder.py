@@ -119,4 +119,4 @@ def _lines(path: Path) -> list[str] | None:
     """The lines of a text file that are not blank, or none if there is no such file."""
     if not path.is_file():
         return None
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
