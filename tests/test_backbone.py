@@ -134,4 +134,4 @@ def test_real_imagenet_weights_load() -> None:
         "mobilenetv2_100", pretrained=os.environ["MOBILENETV2_WEIGHTS"], timm_options={"pad_type": "same"}
     )
     # trained weights: the stem's filters are not the initialisation's
-    assert float(backbone.net.conv_stem.weight.abs().max()) > 1
+    assert float(backbone.net.conv_stem.weight.detach().abs().max()) > 1
