@@ -466,7 +466,11 @@ def test_the_proof_does_not_see_the_weights():
 
 def test_rounding_alone_is_not_refused(monkeypatch):
     monkeypatch.setattr("lightning_atrous.dilation.network.TOLERANCE", 1e-6)
-    set_output_stride(timm_net("tf_efficientnet_lite0"), 8)  # 2e-5 in float32, 1e-14 in float64
+    dilation = set_output_stride(timm_net("tf_efficientnet_lite0"), 8)
+    assert dilation.output_stride == 8
+    # float32 alone would have refused it
+    assert max(dilation.errors()) > 1e-6
+    assert max(dilation.errors(dtype=torch.double)) < 1e-10
 
 
 def test_a_single_map_and_a_tuple():
