@@ -35,6 +35,18 @@ class Loss(nn.Module, ABC):
             A scalar with a graph, even where no pixel counts.
         """
 
+    def weight(self, target: Tensor) -> Tensor | None:
+        """How much a batch counts among those whose gradients are accumulated: what its mean was divided by.
+
+        Args:
+            target: ``(B, H, W)`` int64 in ``0..K-1``, or the ignore index.
+
+        Returns:
+            A scalar, the same on every rank; None for a loss that is no mean over pixels, so that every batch
+            counts the same.
+        """
+        return None
+
 
 LossFactory = Callable[[ClassInfo], Loss]
 """A loss class, or one with its options already given (`functools.partial`)."""
@@ -49,8 +61,8 @@ class CrossEntropy(Loss):
     While gradients are recorded and `torch.distributed` is initialised, the divisor goes through
     `mean_over_ranks`: the gradients that DDP averages, and the losses averaged over ranks, are then those of
     all batches in one, however the valid pixels are spread. This is a collective: every rank has to call the
-    loss equally often. Under ``torch.no_grad`` the mean is over this rank's pixels. The steps of a gradient
-    accumulation weigh equally, whatever they hold.
+    loss equally often. Under ``torch.no_grad`` the mean is over this rank's pixels. That divisor is also the
+    batch's `weight` in a gradient accumulation.
 
     Args:
         classes: Gives ``K`` and the ignore index.
@@ -114,11 +126,19 @@ class CrossEntropy(Loss):
             label_smoothing=self.label_smoothing,
             reduction="sum",
         )
-        divisor = _valid_weight(target, weight, ignore_index).to(total.dtype)
-        if torch.is_grad_enabled():
-            divisor = mean_over_ranks(divisor)
+        divisor = self.weight(target).to(total.dtype)
         counted = divisor > 0
         return total * counted / torch.where(counted, divisor, 1)
+
+    def weight(self, target: Tensor) -> Tensor:
+        """The number of valid pixels, or the sum of their weights; while gradients are recorded, the mean over ranks."""
+        wide = torch.float32 if target.device.type == "mps" else torch.float64  # which Apple's devices do not have
+        valid = target != self.classes.ignore_index
+        if self.class_weights is None:
+            divisor = valid.sum().to(wide)
+        else:
+            divisor = (self.class_weights.to(wide)[target.masked_fill(~valid, 0)] * valid).sum()
+        return mean_over_ranks(divisor) if torch.is_grad_enabled() else divisor
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
@@ -133,14 +153,6 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
-
-
-def _valid_weight(target: Tensor, weight: Tensor | None, ignore_index: int) -> Tensor:
-    """The divisor of ``F.cross_entropy``'s mean: the number of valid pixels, or the sum of their weights."""
-    valid = target != ignore_index
-    if weight is None:
-        return valid.sum()
-    return (weight[target.masked_fill(~valid, 0)] * valid).sum()
 
 
 def _check_weights(weights: Sequence[float], classes: ClassInfo) -> None:

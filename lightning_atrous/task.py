@@ -11,7 +11,9 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from torch.optim import Optimizer
 
+from lightning_atrous.accumulation import Accumulation
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.heads import HEADS, DeepLabV3Plus, HeadFactory
 from lightning_atrous.losses import CrossEntropy, LossFactory
@@ -92,6 +94,7 @@ class SegmentationTask(L.LightningModule):
         self.backbone_lr_factor = backbone_lr_factor
         self.decay_norm_and_bias = decay_norm_and_bias
         self.channels_last = channels_last
+        self._accumulation: Accumulation | None = None
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self._factories = {
@@ -163,14 +166,25 @@ class SegmentationTask(L.LightningModule):
         """Image ``(B, C, H, W)``, uint8 or floating in 0..1 → logits ``(B, K, H, W)``."""
         return self.model(image)
 
+    def on_train_epoch_start(self) -> None:
+        """Begin to accumulate gradients, where this epoch does."""
+        self._accumulation = Accumulation() if self.trainer.accumulate_grad_batches > 1 else None
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         logits, aux = self.model.forward_train(self._image(batch))
         loss = self.loss(logits, batch["mask"])
         if aux is not None:
             loss = loss + self.aux_weight * self.loss(aux, batch["mask"])
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(batch["image"]))
-        return loss
+        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
+        if self._accumulation is None:
+            return loss
+        return self._accumulation.weigh(loss, batch["mask"], self.loss.weight(batch["mask"]))
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Make accumulated gradients those of one batch; they are unscaled by now, and not yet clipped."""
+        if self._accumulation is not None:
+            self._accumulation.settle(self.parameters(), self.trainer.accumulate_grad_batches)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch."""

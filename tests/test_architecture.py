@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
     {"types", "registry"},
-    {"layers", "dilation.ops", "names", "spec", "transforms", "runs"},
+    {"layers", "dilation.ops", "names", "spec", "transforms", "runs", "accumulation"},
     {"dilation.proof", "dilation.rewrite"},
     {"dilation.probe"},
     {"dilation.network"},

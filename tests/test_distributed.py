@@ -1,0 +1,95 @@
+"""One process and many give the same numbers: the matrix, the loss, the gradients."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ddp_worker
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, environment
+from torch import Tensor
+
+from lightning_atrous.optim import Poly
+
+
+def run(out: Path, devices: int, batch_size: int, accumulate: int) -> dict[str, Any]:
+    arguments = ("--devices", devices, "--batch_size", batch_size, "--accumulate", accumulate)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "ddp_worker.py"), str(out), *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return torch.load(out)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int], dict[str, Any]]:
+    """For each number of processes, batch size and accumulation: what came out."""
+    folder = tmp_path_factory.mktemp("ddp")
+    settings = [(1, 8, 1), (1, 4, 2), (2, 4, 1), (2, 2, 2), (3, 2, 1)]
+    return {setting: run(folder / f"{i}.pt", *setting) for i, setting in enumerate(settings)}
+
+
+def by_hand(windows: list[range]) -> tuple[list[float], dict[str, Tensor]]:
+    """Training on whole windows of the epoch's order with torch alone: losses, and weights after the last."""
+    task = ddp_worker.task().train()
+    data = ddp_worker.Uneven(ddp_worker.TRAIN, 1)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(7)).tolist()
+    weight = torch.tensor(ddp_worker.CLASS_WEIGHTS, dtype=torch.float64)
+    losses = []
+    for step, window in enumerate(windows):
+        samples = [data[order[i]] for i in window]
+        image = torch.stack([sample["image"].as_subclass(Tensor) for sample in samples])
+        target = torch.stack([sample["mask"].as_subclass(Tensor) for sample in samples]).long()
+        loss = torch.zeros((), dtype=torch.float64)
+        for logits, share in zip(task.model.forward_train(image), (1.0, task.aux_weight), strict=True):
+            logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
+            loss = loss + share * F.cross_entropy(logits, target, weight=weight, ignore_index=255)
+        task.zero_grad()
+        loss.backward()
+        losses.append(loss.item())
+        with torch.no_grad():
+            for name, parameter in task.named_parameters():
+                lr = 0.1 * Poly().factor(step, len(windows))
+                parameter -= lr * parameter.grad if parameter.grad is not None else 0
+                assert parameter.grad is not None, name
+    return losses, {name: value.detach() for name, value in task.named_parameters()}
+
+
+WHOLE = [range(0, 8), range(8, 16)]
+"""Batches of eight: the last four images do not fill one."""
+
+WITH_REST = [*WHOLE, range(16, 20)]
+"""Two batches of four, twice, and a last step that accumulates a single one."""
+
+
+@pytest.mark.timeout(900)
+def test_the_matrix_is_the_same_on_one_two_and_three_processes(runs: dict) -> None:
+    one = runs[1, 8, 1]["confusion"]
+    assert ddp_worker.VAL % 2
+    assert ddp_worker.VAL % 3
+    valid = sum(min(ddp_worker.SIZE, i**2) * ddp_worker.SIZE for i in range(ddp_worker.VAL))
+    assert one.sum() == valid  # every image once
+    assert (one > 0).all()
+    for setting in ((2, 4, 1), (3, 2, 1)):
+        assert torch.equal(runs[setting]["confusion"], one), setting
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_and_gradients_are_those_of_the_global_batch(devices: int, accumulate: int, runs: dict) -> None:
+    """After steps of plain descent, equal weights mean equal gradients."""
+    result = runs[devices, 8 // devices // accumulate, accumulate]
+    losses, weights = by_hand(WHOLE if accumulate == 1 else WITH_REST)
+    for name, value in result["weights"].items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
+    if accumulate == 1:
+        assert result["losses"] == pytest.approx(losses, rel=1e-12)
