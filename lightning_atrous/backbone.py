@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from lightning_atrous.dilation import Dilation
 from lightning_atrous.registry import close_matches
 from lightning_atrous.types import FeatureInfo, Features, Preprocess
 
-__all__ = ["TimmBackbone", "list_backbones"]
+__all__ = ["TimmBackbone", "convert_sync_batchnorm", "list_backbones"]
 
 _OURS = {
     "features_only": "it is always on",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -167,7 +168,7 @@ class ImagePool(nn.Module):
         """Pool, project, spread."""
         pooled = self.conv(x.mean(dim=(2, 3), keepdim=True))
         norm = self.norm
-        if isinstance(norm, nn.BatchNorm2d) and norm.training and pooled.shape[0] == 1:
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and _images(norm, pooled) == 1:
             pooled = F.batch_norm(
                 pooled,
                 norm.running_mean,
@@ -180,3 +181,9 @@ class ImagePool(nn.Module):
         else:
             pooled = norm(pooled)
         return F.relu(pooled).expand(-1, -1, *x.shape[-2:])
+
+
+def _images(norm: nn.Module, pooled: Tensor) -> int:
+    """How many images give a norm its statistics: this process's, or those of all."""
+    ranks = dist.get_world_size() if isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() else 1
+    return pooled.shape[0] * ranks

@@ -131,7 +131,7 @@ class CrossEntropy(Loss):
         return total * counted / torch.where(counted, divisor, 1)
 
     def weight(self, target: Tensor) -> Tensor:
-        """The number of valid pixels, or the sum of their weights; while gradients are recorded, the mean over ranks."""
+        """The number of valid pixels, or the sum of their weights; the mean over ranks while gradients are recorded."""
         wide = torch.float32 if target.device.type == "mps" else torch.float64  # which Apple's devices do not have
         valid = target != self.classes.ignore_index
         if self.class_weights is None:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry"},
+    {"types", "registry", "files"},
     {"layers", "dilation.ops", "names", "spec", "transforms", "runs", "accumulation"},
     {"dilation.proof", "dilation.rewrite"},
     {"dilation.probe"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"heads.fcn", "heads.deeplabv3", "heads.deeplabv3plus"},
     {"model"},
     {"task"},
-    {"callbacks"},
+    {"callbacks", "plugins"},
     {"training"},
     {"cli"},
     {"__main__"},
@@ -37,6 +37,7 @@ WALLS = {
         "data.camvid",
         "task",
         "callbacks",
+        "plugins",
         "complaints",
         "training",
     },

@@ -64,7 +64,7 @@ def by_hand(windows: list[range]) -> tuple[list[float], dict[str, Tensor]]:
     return losses, {name: value.detach() for name, value in task.named_parameters()}
 
 
-WHOLE = [range(0, 8), range(8, 16)]
+WHOLE = [range(8), range(8, 16)]
 """Batches of eight: the last four images do not fill one."""
 
 WITH_REST = [*WHOLE, range(16, 20)]
