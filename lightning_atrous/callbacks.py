@@ -1,19 +1,15 @@
-"""What a run shows and keeps: the progress on the terminal, the table per class, the rows of its CSV file."""
+"""What a run shows and keeps: the progress on the terminal, the table per class, the name of its W&B run."""
 
 from __future__ import annotations
 
-import csv
 import os
 import time
-import warnings
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
-from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -24,7 +20,7 @@ from lightning_atrous.metrics import class_accuracy, class_iou, scores
 from lightning_atrous.task import SegmentationTask
 from lightning_atrous.types import ClassInfo
 
-__all__ = ["AppendingCSVLogger", "RunProgress", "ScoreTable", "score_table"]
+__all__ = ["RunProgress", "ScoreTable", "WandbRun", "score_table"]
 
 
 class RunProgress(ProgressBar):
@@ -224,37 +220,25 @@ def score_table(confusion: Tensor, classes: ClassInfo, *, title: str) -> Table:
     return table
 
 
-class AppendingCSVLogger(CSVLogger):
-    """Lightning's CSV logger, going on in the file of a run that is resumed instead of deleting it.
+class WandbRun(Callback):
+    """Keeps the id of the W&B run in the checkpoints, so that whoever goes on from one goes on in that run."""
 
-    Args:
-        save_dir: The run's directory; ``metrics.csv`` is right in it.
-        first_step: The first that this run does; earlier rows of later steps are dropped, for they are done again.
-    """
+    def __init__(self) -> None:
+        self.id: str | None = None
 
-    def __init__(self, save_dir: str, *, first_step: int = 0) -> None:
-        super().__init__(save_dir, name="", version="")
-        path = os.path.join(self.log_dir, ExperimentWriter.NAME_METRICS_FILE)
-        self._earlier = [row for row in _read_rows(path) if int(row["step"]) < first_step]
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Ask the logger, if there is one."""
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+                self.id = logger.experiment.id
 
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> ExperimentWriter:
-        """Lightning's writer, with the earlier rows written back as soon as it has deleted them."""
-        if self._experiment is None:
-            with warnings.catch_warnings(action="ignore"):  # that it deletes them
-                writer = super().experiment
-            writer.metrics.extend(self._earlier)
-            writer.save()
-        assert isinstance(self._experiment, ExperimentWriter)
-        return self._experiment
+    def state_dict(self) -> dict[str, Any]:
+        """What goes into a checkpoint."""
+        return {"id": self.id}
 
-
-def _read_rows(path: str) -> list[dict[str, Any]]:
-    if not os.path.isfile(path):
-        return []
-    with open(path, newline="") as file:
-        return [{key: value for key, value in row.items() if value} for row in csv.DictReader(file)]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Know the run also where this part of the training is not logged to W&B."""
+        self.id = state_dict["id"]
 
 
 def _headline(task: SegmentationTask) -> str:

@@ -75,6 +75,9 @@ def _scalars_at(node: yaml.Node | None, keys: Sequence[str]) -> Iterator[yaml.Sc
         for name, value in node.value:
             if name.value == wanted:
                 yield from _scalars_at(value, keys[1:])
+    elif isinstance(node, yaml.SequenceNode) and not keys:
+        for item in node.value:
+            yield from _scalars_at(item, keys)
     elif isinstance(node, yaml.ScalarNode) and not keys and node.tag == "tag:yaml.org,2002:str":
         yield node
 
@@ -84,7 +87,8 @@ def _class_path(value: str, key: str, slots: Slots) -> str:
     if value in registry:
         cls = registry[value]
         return f"{cls.__module__}.{cls.__qualname__}"
-    if not re.fullmatch(r"[A-Za-z_]\w*", value) or value in ("null", "None") or value in subclass_names(base):
+    is_name = re.fullmatch(r"[A-Za-z_]\w*", value) and value.lower() not in ("null", "none", "true", "false")
+    if not is_name or value in subclass_names(base):
         return value
     try:
         registry[value]

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["POLY", "SGD_RECIPE", "OptimizerFactory", "Poly", "build_optimizer", "parameter_groups"]
+__all__ = ["POLY", "SGD_RECIPE", "OptimizerFactory", "Poly", "build_optimizer", "parameter_groups", "realign"]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """An optimiser class, or one with its options already given (`functools.partial`)."""
@@ -198,6 +198,17 @@ class Poly:
         """
         # a function: LambdaLR would save the attributes of any other callable
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
+
+
+def realign(scheduler: LambdaLR) -> None:
+    """Set the learning rates to what the schedule says of the step it stands at.
+
+    A run that is resumed with another length has those of the old curve for its first step otherwise.
+    """
+    for group, peak, factor in zip(
+        scheduler.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+    ):
+        group["lr"] = peak * factor(scheduler.last_epoch)
 
 
 POLY = Poly()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -56,14 +56,14 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
     ) -> None:
         """Write a checkpoint.
 
         Raises:
             ValueError: The place cannot be written.
         """
-        if "://" in os.fspath(path) or storage_options is not None:  # Lightning's remote places
+        if "://" in str(path) or storage_options is not None:  # Lightning's remote places
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with whole_file(path) as file:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_atrous.accumulation import Accumulation
 from lightning_atrous.backbone import TimmBackbone
@@ -19,7 +20,7 @@ from lightning_atrous.heads import HEADS, DeepLabV3Plus, HeadFactory
 from lightning_atrous.losses import CrossEntropy, LossFactory
 from lightning_atrous.metrics import SegmentationScore, class_iou, scores
 from lightning_atrous.model import SegmentationModel
-from lightning_atrous.optim import POLY, SGD_RECIPE, OptimizerFactory, Poly, build_optimizer, parameter_groups
+from lightning_atrous.optim import POLY, SGD_RECIPE, OptimizerFactory, Poly, build_optimizer, parameter_groups, realign
 from lightning_atrous.spec import build, describe
 from lightning_atrous.types import ClassInfo, Preprocess
 
@@ -95,6 +96,7 @@ class SegmentationTask(L.LightningModule):
         self.decay_norm_and_bias = decay_norm_and_bias
         self.channels_last = channels_last
         self._accumulation: Accumulation | None = None
+        self._steps_trained = 0
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self._factories = {
@@ -166,6 +168,12 @@ class SegmentationTask(L.LightningModule):
         """Image ``(B, C, H, W)``, uint8 or floating in 0..1 → logits ``(B, K, H, W)``."""
         return self.model(image)
 
+    def on_train_start(self) -> None:
+        """Begin a resumed run on this run's curve, if its length has changed."""
+        for config in self.trainer.lr_scheduler_configs:
+            assert isinstance(config.scheduler, LambdaLR)
+            realign(config.scheduler)
+
     def on_train_epoch_start(self) -> None:
         """Begin to accumulate gradients, where this epoch does."""
         self._accumulation = Accumulation() if self.trainer.accumulate_grad_batches > 1 else None
@@ -221,6 +229,9 @@ class SegmentationTask(L.LightningModule):
             self.log(f"{stage}/{name}", value.to(self.device), prog_bar=name == "miou", sync_dist=True)
         for name, iou in zip(self.classes.names, class_iou(self.confusion), strict=True):
             self.log(f"{stage}/iou/{name}", iou.to(self.device), sync_dist=True)
+        if self.trainer.state.fn != "fit":
+            # the name under which Lightning takes another step than its own, which is 0 outside a training
+            self.log("step", float(self._steps_trained), sync_dist=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over the parameter groups, and the schedule by step."""
@@ -262,6 +273,7 @@ class SegmentationTask(L.LightningModule):
                 f"the checkpoint was trained on the classes {', '.join(theirs['classes']['names'])}, but the data has "
                 f"{', '.join(self.classes.names)}; give data of the same classes"
             )
+        self._steps_trained = checkpoint["global_step"]
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

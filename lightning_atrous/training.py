@@ -9,25 +9,33 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer import Trainer
 from torch.optim import Optimizer
 
-from lightning_atrous.callbacks import AppendingCSVLogger, RunProgress, ScoreTable
+from lightning_atrous.callbacks import RunProgress, ScoreTable, WandbRun
 from lightning_atrous.complaints import Complaint, clarify
 from lightning_atrous.data import SegmentationData
 from lightning_atrous.heads import HEADS, Head
+from lightning_atrous.loggers import LOGGERS, AppendingCSVLogger, complete
 from lightning_atrous.losses import Loss
-from lightning_atrous.names import translate_arguments, translate_yaml
+from lightning_atrous.names import Slots, translate_arguments, translate_yaml
 from lightning_atrous.optim import SGD_RECIPE
+from lightning_atrous.plugins import SyncBatchNorm, WholeCheckpointIO
 from lightning_atrous.runs import CHECKPOINTS, find_checkpoint, fresh_directory
 from lightning_atrous.spec import describe
 from lightning_atrous.task import SPEC_KEY, SegmentationTask, read_checkpoint
 
 __all__ = ["TrainingCLI"]
 
-SLOTS = {"model.head": (HEADS, Head), "model.aux_head": (HEADS, Head)}
+SLOTS: Slots = {
+    "model.head": (HEADS, Head),
+    "model.aux_head": (HEADS, Head),
+    "trainer.logger": (LOGGERS, Logger),
+}
 
 CLASSES = {"data": SegmentationData, "model.loss": Loss, "model.optimizer": Optimizer}
 
@@ -54,10 +62,10 @@ class Parser(LightningArgumentParser):
 
 
 class ConfigSaver(SaveConfigCallback):
-    """Writes every option as it was resolved into the run's directory, before the first step."""
+    """Keeps every option as it was resolved, in the run's directory and with its loggers, before the first step."""
 
     def save_config(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
-        """Write ``config.yaml``; a resumed run leaves the first one and writes ``config-2.yaml``."""
+        """Write ``config.yaml``, and log it; a resumed run leaves the first one and writes ``config-2.yaml``."""
         if stage != "fit":
             return
         directory = Path(trainer.default_root_dir)
@@ -67,6 +75,8 @@ class ConfigSaver(SaveConfigCallback):
             number += 1
             path = directory / f"config-{number}.yaml"
         self.parser.save(self.config, str(path), skip_unset=False, multifile=False)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(yaml.safe_load(path.read_text(encoding="utf-8")))
 
 
 class TrainingCLI(LightningCLI):
@@ -76,6 +86,7 @@ class TrainingCLI(LightningCLI):
         HEADS.load_plugins()
         self.run_dir = Path()
         self.first_step = 0
+        self.wandb_id: str | None = None
         super().__init__(
             SegmentationTask,
             SegmentationData,
@@ -133,13 +144,14 @@ class TrainingCLI(LightningCLI):
                 path = find_checkpoint(checkpoint, _run_base(arguments))
                 content = read_checkpoint(path)
                 self.first_step = content["global_step"]
+                self.wandb_id = content["callbacks"].get(WandbRun().state_key, {}).get("id")
                 arguments = _lay_beneath(arguments, content[SPEC_KEY], path)
         except ValueError as error:
             raise Complaint(str(error), exit_code=2) from error
         self.config = parser.parse_args(arguments)
 
     def before_instantiate_classes(self) -> None:
-        """Choose the run's directory, and let the trainer and its logger write there."""
+        """Choose the run's directory, and the logger that writes there where none is given."""
         assert self.subcommand is not None
         config, trainer = self.config[self.subcommand], self.config[self.subcommand].trainer
         files = [str(path) for path in config.config or ()]
@@ -155,12 +167,18 @@ class TrainingCLI(LightningCLI):
                 exit_code=2,
             )
         config.run_dir, trainer.default_root_dir = str(base), str(self.run_dir)
-        if self.subcommand != "fit" and trainer.logger is None:
-            trainer.logger = False
+        if trainer.logger in (None, True):
+            trainer.logger = Namespace(**describe(AppendingCSVLogger)) if self.subcommand == "fit" else False
 
     def instantiate_classes(self) -> None:
         """Build data, task and trainer; what they refuse was typed."""
+        self.resolved = self.config
+        self.config = self.config.clone()
+        trainer = self.config[self.subcommand].trainer
         try:
+            trainer.logger = complete(
+                trainer.logger, run_dir=self.run_dir, first_step=self.first_step, wandb_id=self.wandb_id
+            )
             super().instantiate_classes()
         except Exception as error:
             complaint = Complaint.of(error, exit_code=2)
@@ -169,9 +187,10 @@ class TrainingCLI(LightningCLI):
             raise complaint from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer with the run's logger, checkpoints, progress and table."""
+        """The trainer with the run's checkpoints, progress, table and plugins."""
+        self.config = self.resolved  # what is kept with a run does not name the run's own places
         config = self.config[self.subcommand].trainer
-        callbacks: list[Any] = [ScoreTable()]
+        callbacks: list[Any] = [ScoreTable(), WandbRun()]
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if config.enable_checkpointing is not False and not config.fast_dev_run:
@@ -181,13 +200,26 @@ class TrainingCLI(LightningCLI):
                 ModelCheckpoint(directory, "best", monitor="val/miou", mode="max", enable_version_counter=False),
                 ModelCheckpoint(directory, "last", enable_version_counter=False),
             ]
-        if self.subcommand == "fit":
-            if config.logger is not False:
-                callbacks.append(LearningRateMonitor("step"))
-            if config.logger is None:
-                kwargs["logger"] = AppendingCSVLogger(str(self.run_dir), first_step=self.first_step)
+        if self.subcommand == "fit" and config.logger is not False:
+            callbacks.append(LearningRateMonitor("step"))
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        return self._instantiate_trainer(trainer_config, callbacks)
+        trainer_config["plugins"] = [*_listed(trainer_config["plugins"]), WholeCheckpointIO()]
+        if config.sync_batchnorm:
+            trainer_config["plugins"].append(SyncBatchNorm())
+        trainer = self._instantiate_trainer(trainer_config, callbacks)
+        if config.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+            raise Complaint(
+                "trainer.sync_batchnorm was asked for on the CPU, where torch has none; give "
+                "--trainer.sync_batchnorm false, or --trainer.devices 1",
+                exit_code=2,
+            )
+        return trainer
+
+
+def _listed(plugins: Any) -> list[Any]:
+    if plugins is None:
+        return []
+    return list(plugins) if isinstance(plugins, (list, tuple)) else [plugins]
 
 
 def _value_of(option: str, arguments: Sequence[str]) -> str | None:

@@ -57,6 +57,7 @@ def command(workdir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 def environment(pythonpath: Path | None = None) -> dict[str, str]:
-    """What the command runs in: wide enough for its tables, offline."""
+    """What the command runs in: wide enough for its tables, offline, and nobody's W&B account."""
     paths = [str(path) for path in (pythonpath, ROOT) if path]
-    return {**os.environ, "COLUMNS": "160", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    ours = {"COLUMNS": "160", "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths), "NETRC": os.devnull}
+    return {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")} | ours

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from lightning_atrous.optim import Poly, build_optimizer, parameter_groups
+from lightning_atrous.optim import Poly, build_optimizer, parameter_groups, realign
 
 
 class Block(nn.Module):
@@ -189,9 +189,9 @@ def test_a_resumed_run_follows_its_own_curve(total_steps: int) -> None:
     resumed = poly.scheduler(second, total_steps)
     second.load_state_dict(first.state_dict())
     resumed.load_state_dict(scheduler.state_dict())
+    # the optimiser's own state brings the rate of the old curve along
+    assert second.param_groups[0]["lr"] == second.param_groups[0]["initial_lr"] * poly.factor(5, 10)
+    realign(resumed)
     rates = run(second, resumed, 6)
     whole = two_rates()
-    uninterrupted = run(whole, poly.scheduler(whole, total_steps), 11)
-    # the optimiser's own state brings the rate of the first step along
-    assert rates[0] == [group["initial_lr"] * poly.factor(5, 10) for group in second.param_groups]
-    assert rates[1:] == uninterrupted[6:]
+    assert rates == run(whole, poly.scheduler(whole, total_steps), 11)[5:]
