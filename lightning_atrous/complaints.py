@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch.distributed
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_atrous.registry import close_matches, subclass_names
@@ -46,6 +47,12 @@ class Complaint(Exception):
             return error
         if isinstance(error, MisconfigurationException):
             return cls(" ".join(str(error).split()), exit_code=exit_code)
+        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
+            return cls(
+                "another process of this run has ended, and so does this one; what it said stands above, and "
+                "--ckpt_path last goes on from the last checkpoint",
+                exit_code=1,
+            )
         if match := re.search(r"Requirement '.*' not met.*", str(error)):  # Lightning's words, perhaps within others
             return cls(match[0], exit_code=exit_code)
         if isinstance(error, ValueError):

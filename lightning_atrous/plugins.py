@@ -55,9 +55,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     kill or a full disk in the middle of that leaves half a checkpoint in place of the last good one.
     """
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write a checkpoint.
 
         Raises:

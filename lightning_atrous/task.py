@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_atrous.accumulation import Accumulation
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.heads import HEADS, DeepLabV3Plus, HeadFactory
-from lightning_atrous.losses import CrossEntropy, LossFactory
+from lightning_atrous.losses import CrossEntropy, LossFactory, mean_over_ranks
 from lightning_atrous.metrics import SegmentationScore, class_iou, scores
 from lightning_atrous.model import SegmentationModel
 from lightning_atrous.optim import POLY, SGD_RECIPE, OptimizerFactory, Poly, build_optimizer, parameter_groups, realign
@@ -184,7 +184,8 @@ class SegmentationTask(L.LightningModule):
         loss = self.loss(logits, batch["mask"])
         if aux is not None:
             loss = loss + self.aux_weight * self.loss(aux, batch["mask"])
-        self.log("train/loss", loss.detach(), prog_bar=True, sync_dist=True, batch_size=len(batch["image"]))
+        # not by `sync_dist`, which stops all ranks at a barrier in every step
+        self.log("train/loss", mean_over_ranks(loss.detach()), prog_bar=True, batch_size=len(batch["image"]))
         if self._accumulation is None:
             return loss
         return self._accumulation.weigh(loss, batch["mask"], self.loss.weight(batch["mask"]))

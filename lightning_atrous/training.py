@@ -168,7 +168,9 @@ class TrainingCLI(LightningCLI):
             )
         config.run_dir, trainer.default_root_dir = str(base), str(self.run_dir)
         if trainer.logger in (None, True):
-            trainer.logger = Namespace(**describe(AppendingCSVLogger)) if self.subcommand == "fit" else False
+            path = describe(AppendingCSVLogger)["class_path"]
+            csv = Namespace(class_path=path, init_args=Namespace(save_dir=".", first_step=0))
+            trainer.logger = csv if self.subcommand == "fit" else False
 
     def instantiate_classes(self) -> None:
         """Build data, task and trainer; what they refuse was typed."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import torch.nn.functional as F
 from conftest import ROOT, environment
 from torch import Tensor
 
+import lightning_atrous
 from lightning_atrous.optim import Poly
 
 
@@ -93,3 +98,80 @@ def test_losses_and_gradients_are_those_of_the_global_batch(devices: int, accumu
         torch.testing.assert_close(value, weights[name], rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
     if accumulate == 1:
         assert result["losses"] == pytest.approx(losses, rel=1e-12)
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the second process in /proc")
+@pytest.mark.parametrize("victim", ["the first", "another"])
+def test_when_a_process_dies_the_others_end_and_the_checkpoint_is_good(victim: str, workdir: Path) -> None:
+    ddp = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    with (workdir / "out").open("w") as out:
+        first = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "lightning_atrous",
+                "fit",
+                "--config",
+                "tiny.yaml",
+                *ddp,
+                "--trainer.max_epochs=999",
+            ],
+            cwd=workdir,
+            env=environment(),
+            stdout=out,
+            stderr=out,
+        )
+    checkpoint = workdir / "runs" / "tiny" / "checkpoints" / "last.ckpt"
+    try:
+        wait_for(lambda: checkpoint.is_file() or first.poll() is not None, 120)
+        assert first.poll() is None, (workdir / "out").read_text()
+        second = next(
+            pid for pid in children(first.pid) if b"LOCAL_RANK=1" in Path(f"/proc/{pid}/environ").read_bytes()
+        )
+        dies = first.pid if victim == "the first" else second
+        started = time.monotonic()
+        os.kill(dies, signal.SIGKILL)
+        wait_for(lambda: first.poll() is not None and not alive(second), 60)
+        assert time.monotonic() - started < 60
+        assert first.returncode != 0
+    finally:
+        first.kill()
+    output = (workdir / "out").read_text()
+    assert "another process of this run has ended" in output
+    assert "Traceback" not in output
+    assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    lightning_atrous.load(checkpoint)
+    # all processes write into one run
+    assert [path.name for path in (workdir / "runs").iterdir()] == ["tiny"]
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs: one that has ended and waits to be asked about does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_the_command_on_two_processes_scores_as_on_one(command: Callable[..., Any], workdir: Path) -> None:
+    """Five images on two processes, two at a time; what is printed and logged is that of one process."""
+    fit = ("fit", "--config", "tiny.yaml", "--trainer.max_epochs", "1", "--data.val_length", "5")
+    command(*fit)
+    score = ("--data.eval_batch_size", "2", "--run_dir", "runs/tiny", "--data.val_length", "5")
+    one = command("validate", "--config", "tiny.yaml", "--ckpt_path", "last", *score)
+    ddp = ("--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp")
+    two = command("validate", "--config", "tiny.yaml", "--ckpt_path", "last", *score, *ddp)
+    tables = [[line for line in done.stdout.splitlines() if "│" in line] for done in (one, two)]
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 9
