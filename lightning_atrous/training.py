@@ -14,7 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.trainer import Trainer
 from torch.optim import Optimizer
 
-from lightning_atrous.callbacks import AppendingCSVLogger, RunProgress, ScoreTable
+from lightning_atrous.callbacks import AppendingCSVLogger, FinalValidation, RunProgress, ScoreTable
 from lightning_atrous.complaints import Complaint, clarify
 from lightning_atrous.data import SegmentationData
 from lightning_atrous.heads import HEADS, Head
@@ -171,7 +171,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer with the run's logger, checkpoints, progress and table."""
         config = self.config[self.subcommand].trainer
-        callbacks: list[Any] = [ScoreTable()]
+        callbacks: list[Any] = [ScoreTable(), FinalValidation()]
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if config.enable_checkpointing is not False and not config.fast_dev_run:
