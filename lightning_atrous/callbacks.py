@@ -20,7 +20,7 @@ from lightning_atrous.metrics import class_accuracy, class_iou, scores
 from lightning_atrous.task import SegmentationTask
 from lightning_atrous.types import ClassInfo
 
-__all__ = ["RunProgress", "ScoreTable", "WandbRun", "score_table"]
+__all__ = ["FinalValidation", "RunProgress", "ScoreTable", "WandbRun", "score_table"]
 
 
 class RunProgress(ProgressBar):
@@ -58,7 +58,7 @@ class RunProgress(ProgressBar):
     ) -> None:
         """Move the bar."""
         if self._progress is not None:
-            text = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {self._state(trainer)}"
+            text = f"epoch {_epoch(trainer)}  {self._state(trainer)}"
             self._move(trainer.global_step, text)
 
     def on_validation_batch_end(
@@ -107,7 +107,7 @@ class RunProgress(ProgressBar):
         if trainer.state.fn != "fit":
             self._close()
         elif self._enabled and not trainer.sanity_checking:
-            line = f"epoch {trainer.current_epoch + 1:>3}/{trainer.max_epochs}  step {trainer.global_step:>5}  "
+            line = f"epoch {_epoch(trainer, 3)}  step {trainer.global_step:>5}  "
             self.console.print(line + self._state(trainer), highlight=False, soft_wrap=True)
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -165,6 +165,17 @@ class RunProgress(ProgressBar):
             )
             parts.append(f"left {_clock(left)}")
         return "  ".join(parts)
+
+
+class FinalValidation(Callback):
+    """A run that ends by ``max_steps`` is validated there, wherever in an epoch or an interval that is."""
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ask to stop at the last step: Lightning validates on such a request, but not at the limit itself."""
+        if 0 <= trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
 
 
 class ScoreTable(Callback):
@@ -248,6 +259,12 @@ def _headline(task: SegmentationTask) -> str:
         f"{backbone.name} at output stride {backbone.output_stride} → {type(task.model.head).__name__} → "
         f"{len(task.classes)} classes, {parameters / 1e6:.1f} M parameters"
     )
+
+
+def _epoch(trainer: L.Trainer, width: int = 0) -> str:
+    """Which epoch, and of how many where they are limited."""
+    number = f"{trainer.current_epoch + 1:>{width}}"
+    return number if trainer.max_epochs in (None, -1) else f"{number}/{trainer.max_epochs}"
 
 
 def _percent(value: Tensor) -> str:

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer import Trainer
 from torch.optim import Optimizer
 
-from lightning_atrous.callbacks import RunProgress, ScoreTable, WandbRun
+from lightning_atrous.callbacks import FinalValidation, RunProgress, ScoreTable, WandbRun
 from lightning_atrous.complaints import Complaint, clarify
 from lightning_atrous.data import SegmentationData
 from lightning_atrous.heads import HEADS, Head
@@ -192,7 +192,7 @@ class TrainingCLI(LightningCLI):
         """The trainer with the run's checkpoints, progress, table and plugins."""
         self.config = self.resolved  # what is kept with a run does not name the run's own places
         config = self.config[self.subcommand].trainer
-        callbacks: list[Any] = [ScoreTable(), WandbRun()]
+        callbacks: list[Any] = [ScoreTable(), WandbRun(), FinalValidation()]
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if config.enable_checkpointing is not False and not config.fast_dev_run:

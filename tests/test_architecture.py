@@ -11,12 +11,12 @@ PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
     {"types", "registry", "files"},
-    {"layers", "dilation.ops", "names", "spec", "transforms", "runs", "accumulation"},
+    {"layers", "dilation.ops", "names", "spec", "transforms", "runs", "accumulation", "data.labels"},
     {"dilation.proof", "dilation.rewrite"},
     {"dilation.probe"},
     {"dilation.network"},
     {"backbone", "context", "losses", "metrics", "optim", "complaints", "data.base"},
-    {"data.shapes", "data.folder", "data.camvid", "heads.base"},
+    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base"},
     {"heads.fcn", "heads.deeplabv3", "heads.deeplabv3plus"},
     {"model"},
     {"task"},
@@ -35,6 +35,7 @@ WALLS = {
         "data.shapes",
         "data.folder",
         "data.camvid",
+        "data.cityscapes",
         "task",
         "callbacks",
         "loggers",

@@ -26,8 +26,17 @@ def test_config_parses_to_what_it_says(config: Path, capsys: pytest.CaptureFixtu
     assert stop.value.code == 0
     resolved, written = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(config.read_text())
     assert resolved["model"]["backbone"]["init_args"]["name"] == written["model"]["backbone"]["name"]
-    assert resolved["trainer"]["max_epochs"] == written["trainer"]["max_epochs"]
+    for option, value in written["trainer"].items():
+        assert resolved["trainer"][option] == value or option == "logger"
+    assert {"max_epochs", "max_steps"} & set(written["trainer"])  # the schedule needs an end
     assert len(config.read_text().splitlines()) <= 40
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+def test_config_says_its_own_command(config: Path) -> None:
+    comments = [line for line in config.read_text().splitlines() if line.startswith("#")]
+    assert f"lightning-atrous fit --config {config.relative_to(ROOT)}" in comments[1]
+    assert max(map(len, config.read_text().splitlines())) <= 130
 
 
 def test_the_readme_has_commands() -> None:

@@ -353,7 +353,8 @@ def test_many_classes_and_a_negative_ignore_index_fit(tmp_path: Path) -> None:
     save_mask(tmp_path / "m.png", np.array([[0, 299], [300, 7]], np.uint16))
     pair = [FilePair("a", tmp_path / "a.png", tmp_path / "m.png")]
     classes = ClassInfo(tuple(str(i) for i in range(300)), ignore_index=-100)
-    assert FileDataset(pair, classes, void=(300,))[0]["mask"].tolist() == [[0, 299], [-100, 7]]
+    labels = {**{i: i for i in range(300)}, 300: -100}
+    assert FileDataset(pair, classes, label_map=labels)[0]["mask"].tolist() == [[0, 299], [-100, 7]]
 
 
 def test_images_are_turned_upright(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 from torchvision import tv_tensors
 
+from lightning_atrous.data.labels import LabelTable
 from lightning_atrous.transforms import Augment, Sample
 from lightning_atrous.types import ClassInfo
 
@@ -76,14 +77,22 @@ class FileDataset(Dataset[Sample]):
 
     Args:
         pairs: At least one.
-        classes: What labels may occur.
-        void: Labels in the files that mean the ignore index.
+        classes: What the masks mean.
+        label_map: Raw label in the files → class or ignore index; by default each stands for itself.
+        hints: For labels that the map lacks, what is probably wrong with a mask that holds them (`LabelTable`).
 
     Raises:
-        ValueError: No pair, a missing file; when read: damage, sizes that differ, a label out of range.
+        ValueError: No pair, a missing file; when read: damage, sizes that differ, a label that is not in the map.
     """
 
-    def __init__(self, pairs: Sequence[FilePair], classes: ClassInfo, *, void: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[FilePair],
+        classes: ClassInfo,
+        *,
+        label_map: Mapping[int, int] | None = None,
+        hints: Mapping[int, str] | None = None,
+    ) -> None:
         if not pairs:
             raise ValueError("a dataset of no images: give at least one pair of an image and a mask")
         for pair in pairs:
@@ -91,15 +100,14 @@ class FileDataset(Dataset[Sample]):
                 raise ValueError(f"there is no image {pair.image}; add it or take '{pair.name}' off the list")
             if not pair.mask.is_file():
                 raise ValueError(f"image {pair.image} has no mask {pair.mask}; add it or remove the image")
-        self.pairs, self.classes, self.void = tuple(pairs), classes, tuple(void)
-        small = 0 <= classes.ignore_index <= 255 and len(classes) <= 256
-        self._dtype = np.uint8 if small else np.int64
+        self.pairs, self.classes = tuple(pairs), classes
+        self.table = LabelTable(classes, label_map, hints)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
-        """Read, check, map void to the ignore index."""
+        """Read, check, map labels to classes."""
         pair = self.pairs[index]
         image, labels = read_image(pair.image), read_mask(pair.mask)
         if labels.shape != image.shape[1:]:
@@ -107,16 +115,7 @@ class FileDataset(Dataset[Sample]):
                 f"mask {pair.mask} is {labels.shape[1]}×{labels.shape[0]} pixels but its image is "
                 f"{image.shape[2]}×{image.shape[1]}; make them the same size"
             )
-        wrong = (labels < 0) | (labels >= len(self.classes))
-        ignored = np.isin(labels, (*self.void, self.classes.ignore_index), kind="table")
-        if (wrong & ~ignored).any():
-            found = ", ".join(str(v) for v in np.unique(labels[wrong & ~ignored])[:10])
-            raise ValueError(
-                f"mask {pair.mask} has labels {found}, expected 0..{len(self.classes) - 1} or the ignore "
-                f"index {self.classes.ignore_index}; correct the mask, the class names or the ignore index"
-            )
-        mask = labels.astype(self._dtype)
-        mask[ignored] = self.classes.ignore_index
+        mask = self.table(labels, f"mask {pair.mask}")
         return Sample(image=image, mask=tv_tensors.Mask(torch.from_numpy(mask)), name=pair.name)
 
 

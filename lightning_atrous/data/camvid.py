@@ -38,7 +38,8 @@ CAMVID = ClassInfo(
         (0, 128, 192),
     ),
 )
-VOID = 11
+LABELS = {**{label: label for label in range(len(CAMVID))}, 11: CAMVID.ignore_index}
+"""What stands in the files → what it means: 11 is void."""
 AUGMENT = Augment(crop=(360, 360))
 
 
@@ -98,4 +99,4 @@ class CamVid(SegmentationData):
                 pairs.append(FilePair(image.stem, image, mask))
         if not pairs:
             raise ValueError(f"the {split} split is empty: {path} names no image; add some")
-        return FileDataset(pairs, CAMVID, void=(VOID,))
+        return FileDataset(pairs, CAMVID, label_map=LABELS)
