@@ -215,6 +215,8 @@ class TrainingCLI(LightningCLI):
                 "--trainer.sync_batchnorm false, or --trainer.devices 1",
                 exit_code=2,
             )
+        if self.subcommand == "fit":
+            self.datamodule.share_of(trainer.world_size)
         return trainer
 
 

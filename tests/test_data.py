@@ -150,19 +150,43 @@ def test_a_short_batch_is_dropped_unless_it_is_the_only_one(length: int, batch_s
     assert [len(batch["name"]) for batch in loader] == sizes
 
 
-def test_ranks_share_the_images() -> None:
-    """Training: one order for all ranks. Evaluation: each image exactly once, none repeated to fill up."""
-    names: dict[str, list[str]] = {"train": [], "val": []}
-    for rank in range(2):
-        data = Tiny(7, batch_size=1)
-        torch.manual_seed(rank)  # ranks that were not seeded alike
-        strategy = SimpleNamespace(broadcast=lambda seed: 5)
-        data.trainer = SimpleNamespace(world_size=2, global_rank=rank, strategy=strategy)  # type: ignore[assignment]
-        for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
-            names[split] += [name for batch in loader for name in batch["name"]]
-    assert sorted(names["val"]) == list("0123456")
-    assert len(names["train"]) == 8  # one repeated, so that both ranks take as many steps
-    assert set(names["train"]) == set("0123456")
+def as_rank(data: SegmentationData, rank: int, ranks: int) -> SegmentationData:
+    """The data as one process of several sees it."""
+    torch.manual_seed(rank)  # ranks that were not seeded alike
+    strategy = SimpleNamespace(broadcast=lambda seed: 5)
+    data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank, strategy=strategy)  # type: ignore[assignment]
+    return data
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_processes_share_the_images(ranks: int) -> None:
+    """Training: the same batches, each in equal shares. Evaluation: each image exactly once, whoever takes it."""
+    batches: list[set[str]] = [set(), set()]
+    seen = []
+    for rank in range(ranks):
+        data = as_rank(Tiny(17, batch_size=6), rank, ranks)
+        loader = data.train_dataloader()
+        loader.sampler.set_epoch(3)  # type: ignore[attr-defined]
+        for step, batch in enumerate(loader):
+            assert len(batch["name"]) == 6 // ranks
+            batches[step] |= set(batch["name"])
+        seen += [name for batch in data.val_dataloader() for name in batch["name"]]
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(5 + 3)).tolist()
+    assert batches == [{str(i) for i in order[:6]}, {str(i) for i in order[6:12]}]
+    assert sorted(seen, key=int) == [str(i) for i in range(17)]
+
+
+def test_a_short_batch_is_filled_up_so_that_all_processes_take_part() -> None:
+    names = [next(iter(as_rank(Tiny(3, batch_size=8), rank, 4).train_dataloader()))["name"] for rank in range(4)]
+    assert [len(each) for each in names] == [1, 1, 1, 1]
+    assert {name for each in names for name in each} == set("012")
+
+
+def test_what_processes_cannot_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"data\.batch_size 8 is shared by 3 processes .* give a multiple of it"):
+        as_rank(Tiny(9, batch_size=8), 0, 3).train_dataloader()
+    with pytest.raises(ValueError, match=r"val split has 2 images for 3 processes.*--trainer\.devices 2"):
+        as_rank(Tiny(2), 2, 3).val_dataloader()
 
 
 # --- reproducibility

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -139,13 +140,23 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 class _EpochOrder(DistributedSampler):
-    """Shuffles by seed and epoch, and passes the epoch on: keys are ``(epoch, index)``.
+    """One order for all ranks, in whole batches, by seed and epoch; keys are ``(epoch, index)``.
 
     Lightning calls `set_epoch`, so a run that is resumed goes on with the order it would have had.
     """
 
+    def __init__(self, dataset: Dataset[Sample], batch_size: int, ranks: int, rank: int, *, seed: int) -> None:
+        super().__init__(dataset, ranks, rank, shuffle=True, seed=seed)
+        length = len(cast(Any, dataset))
+        # the only batch there is may be short; images are then repeated until every rank has as many
+        self.total_size = length // batch_size * batch_size or math.ceil(length / ranks) * ranks
+        self.num_samples = self.total_size // ranks
+
     def __iter__(self) -> Iterator[Any]:
-        return ((self.epoch, index) for index in super().__iter__())
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(cast(Any, self.dataset)), generator=generator).tolist()
+        order = (order * math.ceil(self.total_size / len(order)))[: self.total_size]
+        return ((self.epoch, index) for index in order[self.rank :: self.num_replicas])
 
 
 class _Augmented(Dataset[Sample]):
@@ -172,13 +183,13 @@ class SegmentationData(LightningDataModule, ABC):
 
     A batch is ``{"image": uint8 (B, C, H, W), "mask": int64 (B, H, W), "name": list of B}``. Images are not
     normalised: that is the model's. Training batches are shuffled and augmented by the seed of
-    `lightning.seed_everything`, the epoch and the index alone, whatever the number of workers; a last batch
-    that is not full is left out, unless it is the only one. Evaluation batches are whole images in their own
+    `lightning.seed_everything`, the epoch and the index alone, whatever the number of workers and devices; a
+    last batch that is not full is left out, unless it is the only one. Evaluation batches are whole images in their own
     size, in the order of the source, each counted once on however many ranks.
 
     Args:
         classes: Of the masks; an attribute from here on.
-        batch_size: Of training, per device.
+        batch_size: Of training, over all devices: what a run computes does not depend on their number.
         eval_batch_size: Of validation and test, per device; more than 1 needs images of one size.
         num_workers: Processes that read and augment; 0 does it in the main one.
         augment: Of training samples; none gives them as they are.
@@ -235,9 +246,10 @@ class SegmentationData(LightningDataModule, ABC):
         seed = torch.initial_seed() % 2**32
         if self.trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)  # ranks that were not seeded share the order too
+        ranks, rank = self._ranks()
+        share = self.share_of(ranks)
         dataset = _Augmented(self.dataset("train"), self.augment, seed=seed, ignore_index=self.classes.ignore_index)
-        sampler = _EpochOrder(dataset, *self._ranks(), shuffle=True, seed=seed)
-        return self._loader(dataset, sampler, self.batch_size, drop_last=len(sampler) >= self.batch_size)
+        return self._loader(dataset, _EpochOrder(dataset, self.batch_size, ranks, rank, seed=seed), share)
 
     def val_dataloader(self) -> DataLoader:
         """Whole images of the validation split."""
@@ -247,28 +259,44 @@ class SegmentationData(LightningDataModule, ABC):
         """Whole images of the test split."""
         return self._eval_loader("test")
 
+    def share_of(self, ranks: int) -> int:
+        """How many images of a training batch each of several processes takes.
+
+        Raises:
+            ValueError: A batch that they cannot share evenly.
+        """
+        share, rest = divmod(self.batch_size, ranks)
+        if rest:
+            raise ValueError(
+                f"data.batch_size {self.batch_size} is shared by {ranks} processes and does not divide by {ranks}; "
+                f"give a multiple of it"
+            )
+        return share
+
     def _eval_loader(self, split: Split) -> DataLoader:
         dataset = self.dataset(split)
         ranks, rank = self._ranks()
+        if (length := len(cast(Any, dataset))) < ranks:
+            raise ValueError(
+                f"the {split} split has {length} images for {ranks} processes, expected one each at least; "
+                f"give --trainer.devices {length}"
+            )
         sampler: Sampler[int] = SequentialSampler(cast(Any, dataset))
         if ranks > 1:  # Lightning's own choice would repeat images until all ranks have as many
             sampler = UnrepeatedDistributedSampler(dataset, ranks, rank, shuffle=False)
-        return self._loader(dataset, sampler, self.eval_batch_size, drop_last=False)
+        return self._loader(dataset, sampler, self.eval_batch_size)
 
     def _ranks(self) -> tuple[int, int]:
         """How many processes share the data, and which one this is."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _loader(
-        self, dataset: Dataset[Sample], sampler: Sampler[Any], batch_size: int, *, drop_last: bool
-    ) -> DataLoader:
+    def _loader(self, dataset: Dataset[Sample], sampler: Sampler[Any], batch_size: int) -> DataLoader:
         return DataLoader(
             dataset,
             batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=collate,
-            drop_last=drop_last,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
         )

@@ -90,7 +90,7 @@ class Cityscapes(SegmentationData):
 
     Args:
         root: The folder with ``leftImg8bit`` and ``gtFine``.
-        batch_size: Of training, per device.
+        batch_size: Of training, over all devices.
         eval_batch_size: Of validation and test, per device; the images are of one size.
         num_workers: Processes that read and augment; 0 does it in the main one.
         augment: Of training samples; none gives them as they are.

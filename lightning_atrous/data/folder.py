@@ -33,7 +33,7 @@ class Folder(SegmentationData):
         ignore_index: The label that no loss and no metric counts.
         images: Folder of the images in the root.
         masks: Folder of the masks in the root.
-        batch_size: Of training, per device.
+        batch_size: Of training, over all devices.
         eval_batch_size: Of validation and test, per device; more than 1 needs images of one size.
         num_workers: Processes that read and augment; 0 does it in the main one.
         augment: Of training samples; none gives them as they are.

@@ -209,7 +209,7 @@ class Shapes(SegmentationData):
         val_length: Images of validation.
         test_length: Images of the test.
         seed: Of the images; another one gives other images in all splits.
-        batch_size: Of training, per device.
+        batch_size: Of training, over all devices.
         eval_batch_size: Of validation and test, per device.
         num_workers: Processes that draw; 0 does it in the main one, at about a millisecond an image.
         augment: Of training samples; hardly needed, as more images cost nothing.
