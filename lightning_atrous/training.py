@@ -113,7 +113,7 @@ class TrainingCLI(LightningCLI):
         self.trainer.test(**arguments, verbose=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's directory, tie the classes to the data, and show the default optimiser as what it is."""
+        """Add the run's directory, tie classes and reader to the data, and show the default optimiser as what it is."""
         parser.add_argument(
             "--run_dir",
             type=str | None,
@@ -122,6 +122,7 @@ class TrainingCLI(LightningCLI):
             "number behind it, `--ckpt_path last` goes on in the newest.",
         )
         parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
+        parser.link_arguments("data.reader", "model.reader", apply_on="instantiate")
         parser.set_defaults({"model.optimizer": describe(SGD_RECIPE)})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -218,7 +219,7 @@ def _default_base(configs: Sequence[str]) -> Path:
 
 def _lay_beneath(arguments: Sequence[str], spec: dict[str, Any], path: Path) -> list[str]:
     """Arguments with a checkpoint's model as the first config, which all others then override."""
-    model = {key: value for key, value in spec.items() if key != "classes"}
+    model = {key: value for key, value in spec.items() if key not in ("classes", "reader")}
     verb, *rest = arguments
     rest = _without("--ckpt_path", rest)
     # the checkpoint brings the weights

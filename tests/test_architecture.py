@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
     {"types", "registry"},
-    {"layers", "dilation.ops", "names", "spec", "transforms", "runs"},
+    {"layers", "dilation.ops", "names", "spec", "transforms", "runs", "images", "selection"},
     {"dilation.proof", "dilation.rewrite"},
     {"dilation.probe"},
     {"dilation.network"},
@@ -21,7 +21,7 @@ LAYERS = [
     {"model"},
     {"task"},
     {"callbacks"},
-    {"training"},
+    {"training", "prediction"},
     {"cli"},
     {"__main__"},
 ]
@@ -43,7 +43,9 @@ WALLS = {
     "jsonargparse": {"training"},
     "wandb": {"callbacks"},
     "segmentation_models_pytorch": {"heads.smp", "losses", "interop"},
-    "rich": {"callbacks", "cli"},
+    "rich": {"callbacks", "cli", "prediction"},
+    "PIL": {"images", "task"},
+    "tifffile": {"images"},
 }
 
 PACKAGES = {"dilation", "heads", "data"}

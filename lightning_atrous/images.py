@@ -1,0 +1,341 @@
+"""Pictures and masks: files into tensors, what Python users hold into tensors, and pixels into PNG files."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image, ImageFile, ImageOps
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.io import ImageReadMode, decode_image
+
+__all__ = ["RGB", "Reader", "as_image", "read_mask", "write_png"]
+
+Mode = Literal["rgb", "convert", "grey", "array"]
+
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+ARRAYS = (".npy", ".png", ".tif", ".tiff")
+EXPECTED = {"rgb": "RGB of 8 bits", "convert": "8 bits a channel", "grey": "one grey channel of 8 bits"}
+DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+"""Pillow's modes of one channel with more than 8 bits."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How an image file becomes an image tensor. A checkpoint keeps it, so that it knows how to read files itself.
+
+    Args:
+        mode: ``rgb`` takes 8-bit RGB pictures and nothing else; ``convert`` makes RGB of any 8-bit picture (grey,
+            palette, CMYK, with alpha, which is dropped); ``grey`` takes one channel; ``array`` takes the channels
+            as they stand in a ``.npy`` file, a TIFF or a PNG. All but ``array`` turn a picture upright as its EXIF
+            orientation says.
+        channels: Of the image; needs to be given for ``array`` alone.
+        value_range: The values that become 0 and 1, linearly; beyond them is clipped. The image is then float32.
+            Needed for everything deeper than 8 bits.
+
+    Raises:
+        ValueError: Options that contradict each other; on reading, a file that is missing, damaged or not of the kind.
+    """
+
+    mode: Mode = "rgb"
+    channels: int | None = None
+    value_range: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"there is no reader mode '{self.mode}'; give one of {', '.join(get_args(Mode))}")
+        own = {"rgb": 3, "convert": 3, "grey": 1}.get(self.mode)
+        channels = own if self.channels is None else self.channels
+        if channels is None or channels < 1:
+            raise ValueError(f"reader mode array needs the number of channels, got {channels}; give channels")
+        if own not in (None, channels):
+            raise ValueError(
+                f"reader mode {self.mode} has {own} channels, got channels: {channels}; leave it out or take mode array"
+            )
+        object.__setattr__(self, "channels", channels)
+        if self.value_range is not None:
+            value_range = tuple(float(value) for value in self.value_range)
+            if len(value_range) != 2 or not -math.inf < value_range[0] < value_range[1] < math.inf:
+                raise ValueError(
+                    f"value_range must be two numbers, the lower first, got {list(value_range)}; try [0, 65535]"
+                )
+            object.__setattr__(self, "value_range", value_range)
+
+    def __str__(self) -> str:
+        limits = "" if self.value_range is None else f", value_range: {list(self.value_range)}"
+        return f"mode: {self.mode}, channels: {self.channels}{limits}"
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files that are looked for in folders, in lower case."""
+        return ARRAYS if self.mode == "array" else PICTURES
+
+    def __call__(self, path: Path) -> tv_tensors.Image:
+        """Read a file: ``(C, H, W)``, uint8, or float32 in 0..1 with a `value_range`."""
+        if self.mode == "array":
+            image = _read_array(path, self)
+        else:
+            picture, deep = _open(path, upright=True)
+            image = torch.from_numpy(_pixels(picture, deep, self, str(path))).permute(2, 0, 1)
+        return tv_tensors.Image(_scaled(image, self, str(path)))
+
+
+RGB = Reader()
+"""8-bit RGB pictures, and nothing else."""
+
+
+def read_mask(path: Path) -> np.ndarray:
+    """Class indices ``(H, W)``, in the file's own integer type; those of a palette picture, not its colours.
+
+    Raises:
+        ValueError: The file is missing, damaged, or holds colours instead of indices.
+    """
+    image, _ = _open(path)
+    if image.mode not in ("1", "L", "P", "I", "I;16"):
+        raise ValueError(
+            f"{path} is a mask of mode {image.mode}, expected class indices in one grey or palette channel; "
+            "convert its colours to indices"
+        )
+    labels = np.array(image)
+    return labels.astype(np.uint8) if labels.dtype == bool else labels
+
+
+def as_image(image: Image.Image | np.ndarray | Tensor, reader: Reader = RGB) -> Tensor:
+    """What is in memory → ``(C, H, W)`` or ``(B, C, H, W)``, uint8 or floating in 0..1, as the model takes it.
+
+    Args:
+        image: A PIL picture of the mode that the reader takes, as it is, whatever its EXIF orientation says; an array
+            ``(H, W, C)``, or ``(H, W)`` if it is grey; or a tensor ``(C, H, W)`` or ``(B, C, H, W)``. Floating values
+            are in 0..1; integers are those of a file, so that all but uint8 need the reader's `value_range`.
+        reader: How files are read.
+
+    Raises:
+        ValueError: Another type, mode, shape or range.
+    """
+    if isinstance(image, Image.Image):
+        deep = _is_deep(image)
+        pixels = _pixels(image, deep, reader, "the picture")
+        return _scaled(torch.from_numpy(pixels).permute(2, 0, 1), reader, "the picture")
+    if isinstance(image, np.ndarray):
+        name, x = "the array", _from_array(image, reader)
+    elif isinstance(image, Tensor):
+        name, x = "the tensor", image.as_subclass(Tensor)
+        if x.ndim not in (3, 4) or x.shape[-3] != reader.channels or 0 in x.shape:
+            raise ValueError(
+                f"the tensor has the shape {tuple(x.shape)}, expected (C, H, W) or (B, C, H, W) with "
+                f"{reader.channels} channels; permute it, or give the channels that the model was trained on"
+            )
+    else:
+        raise ValueError(
+            f"expected a PIL picture, a NumPy array or a tensor, got {type(image).__name__}; "
+            "open a file with PIL.Image.open first"
+        )
+    if not x.is_floating_point():
+        return _scaled(x, reader, name)
+    if not bool((x.amin() >= 0) & (x.amax() <= 1)):
+        raise ValueError(
+            f"{name} has values from {x.amin():g} to {x.amax():g}, expected floating ones in 0..1; "
+            "divide by the largest value they can have, or give uint8"
+        )
+    return x
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write a PNG that is there whole or not at all, and the folders it lies in.
+
+    Args:
+        path: Whatever stands there is replaced.
+        pixels: uint8 or uint16 ``(H, W)``, or uint8 ``(H, W, 3)``.
+
+    Raises:
+        ValueError: The disk is full, a permission is missing, and the like.
+    """
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, format="PNG", compress_level=1)  # higher levels cost more time than they save
+    temporary = path.with_name(f".{uuid.uuid4().hex}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_bytes(data.getbuffer())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror or error}); make room, or choose a folder you may write to"
+        ) from error
+
+
+def _open(path: Path, *, upright: bool = False) -> tuple[Image.Image, bool]:
+    """A picture, loaded, and whether the file was colour of more than 8 bits a channel."""
+    try:
+        with Image.open(path) as image:
+            deep = _is_deep(image)
+            image.load()
+        return ImageOps.exif_transpose(image) if upright else image, deep
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; put the file there or take it off the list") from None
+    except Exception as error:  # Pillow's words for damage: each format has its own
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> ValueError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"{path} cannot be decoded ({reason}); replace it with an intact file")
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Whether a file that is not loaded yet holds colours of 16 bits, of which Pillow drops 8 without a word."""
+    if image.mode in DEEP_GREY or not isinstance(image, ImageFile.ImageFile):
+        return False
+    for codec, _, _, given in image.tile:
+        # a raw mode such as RGB;16B, alone or first; of PPM, the mode and the largest value
+        arguments = [given] if isinstance(given, str) else list(given or ())
+        if any(isinstance(argument, str) and re.search(r";16[BLN]", argument) for argument in arguments):
+            return True
+        if codec.startswith("ppm") and any(isinstance(argument, int) and argument > 255 for argument in arguments):
+            return True
+    return False
+
+
+def _pixels(image: Image.Image, deep: bool, reader: Reader, name: str) -> np.ndarray:
+    """A picture's pixels ``(H, W, C)`` in its own type, if the reader takes its mode."""
+    mode = image.mode
+    taken = {
+        "rgb": mode == "RGB",
+        "convert": mode not in DEEP_GREY,
+        "grey": mode == "L" or (mode in DEEP_GREY and reader.value_range is not None),
+        "array": len(image.getbands()) == reader.channels and mode not in ("P", "1"),
+    }[reader.mode]
+    if deep or not taken:
+        expected = EXPECTED.get(reader.mode, f"{reader.channels} channels")
+        raise ValueError(
+            f"{name} is a picture of mode {mode}{' with 16 bits a channel' if deep else ''}, expected {expected}; "
+            f"set reader.mode: {_taken_by(mode, deep)}"
+        )
+    if reader.mode == "convert":
+        # by way of RGBA: Pillow warns of a palette with transparency
+        image = (image.convert("RGBA") if mode == "P" else image).convert("RGB")
+    pixels = np.array(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def _taken_by(mode: str, deep: bool) -> str:
+    """The reader's options that take a picture, in words."""
+    if deep:
+        return "array, with reader.channels and a reader.value_range such as [0, 65535]"
+    if mode in DEEP_GREY:
+        return "grey, with a reader.value_range such as [0, 65535]"
+    return {"L": "grey or convert", "RGB": "rgb"}.get(mode, "convert")
+
+
+def _scaled(x: Tensor, reader: Reader, name: str) -> Tensor:
+    """Values as they stand in a file → uint8, or float32 in 0..1 where the reader has a range of values."""
+    if reader.value_range is None:
+        if x.dtype == torch.uint8:
+            return x
+        raise ValueError(
+            f"{name} has values of type {str(x.dtype).removeprefix('torch.')}, expected uint8; "
+            "set reader.value_range to the two values that become 0 and 1"
+        )
+    if x.is_floating_point() and bool(x.isnan().any()):
+        raise ValueError(f"{name} has pixels that are no number (nan), expected none; fill them with a value")
+    low, high = reader.value_range
+    return ((x.double() - low) / (high - low)).clamp(0, 1).float()
+
+
+def _read_array(path: Path, reader: Reader) -> Tensor:
+    """The channels ``(C, H, W)`` of a file as they are, in its own type."""
+    suffix = path.suffix.lower()
+    if suffix not in ARRAYS:
+        raise ValueError(f"{path} is no file that reader.mode: array reads, expected one of {', '.join(ARRAYS)}")
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; put the file there or take it off the list")
+    if suffix == ".png":
+        return _read_png(path, reader)
+    try:
+        array = np.lib.format.open_memmap(path, mode="r") if suffix == ".npy" else _read_tiff(path)
+    except ImportError:
+        raise ValueError(f"{path} needs the package tifffile; pip install 'lightning-atrous[tiff]'") from None
+    except Exception as error:  # truncated archives, foreign pickles, unknown compressions: each has its own error
+        raise _damaged(path, error) from error
+    return _channels_first(array, reader, str(path))
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    import tifffile  # optional
+
+    return tifffile.imread(path)
+
+
+def _read_png(path: Path, reader: Reader) -> Tensor:
+    """By torchvision, which keeps 16 bits where Pillow does not, but unpacks palettes and shorter pixels."""
+    data = path.read_bytes()
+    if len(data) > 25 and data[:8] == b"\x89PNG\r\n\x1a\n" and (data[24] < 8 or data[25] == 3):
+        raise ValueError(
+            f"{path} has a palette or fewer than 8 bits a pixel, expected channels of 8 or 16; set reader.mode: convert"
+        )
+    try:
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+    except (RuntimeError, ValueError) as error:
+        raise _damaged(path, error) from error
+    if image.shape[0] != reader.channels:
+        raise ValueError(
+            f"{path} has {image.shape[0]} channels, expected {reader.channels}; "
+            "set reader.channels to what the files have"
+        )
+    return image
+
+
+def _from_array(array: np.ndarray, reader: Reader) -> Tensor:
+    """An array in memory ``(H, W, C)`` or ``(H, W)`` → ``(C, H, W)``, in its own type."""
+    if reader.mode == "array":
+        return _channels_first(array, reader, "the array")
+    shape = array.shape
+    if array.ndim == 2 and reader.mode in ("grey", "convert"):
+        array = array[..., None]
+    if array.ndim == 3 and reader.mode == "convert":
+        array = array[..., :-1] if array.shape[-1] in (2, 4) else array  # alpha
+        array = array.repeat(3, axis=-1) if array.shape[-1] == 1 else array
+    if array.ndim != 3 or array.shape[-1] != reader.channels or 0 in shape:
+        raise ValueError(
+            f"the array has the shape {shape}, expected (H, W, C) with {reader.channels} channels; "
+            "transpose or convert it"
+        )
+    return _tensor(array, "the array").permute(2, 0, 1)
+
+
+def _channels_first(array: np.ndarray, reader: Reader, name: str) -> Tensor:
+    """``(H, W)``, ``(C, H, W)`` or ``(H, W, C)`` → ``(C, H, W)``, told apart by the number of channels alone."""
+    shape, channels = array.shape, reader.channels
+    if array.ndim == 2 and channels == 1 and array.size:
+        return _tensor(array, name)[None]
+    if array.ndim != 3 or channels not in (shape[0], shape[2]) or not array.size:
+        raise ValueError(
+            f"{name} has the shape {shape}, expected (C, H, W) or (H, W, C) with {channels} channels; "
+            "set reader.channels to what the files have"
+        )
+    if shape[0] == shape[2]:
+        raise ValueError(
+            f"{name} has the shape {shape}, in which {channels} channels may come first or last; "
+            "make its height or width another"
+        )
+    return _tensor(array, name) if shape[0] == channels else _tensor(array, name).permute(2, 0, 1)
+
+
+def _tensor(array: np.ndarray, name: str) -> Tensor:
+    if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
+        raise ValueError(
+            f"{name} holds values of type {array.dtype}, expected integers or floating numbers; convert it"
+        )
+    # a copy: torch takes neither negative strides nor foreign byte orders, and warns of what is read-only
+    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
