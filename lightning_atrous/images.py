@@ -16,14 +16,14 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 from torch import Tensor
 from torchvision import tv_tensors
-from torchvision.io import ImageReadMode, decode_image
+
+from lightning_atrous.arrays import ARRAYS, channels_first, damaged, missing, read_array, to_tensor
 
 __all__ = ["RGB", "Reader", "as_image", "read_mask", "write_png"]
 
 Mode = Literal["rgb", "convert", "grey", "array"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
-ARRAYS = (".npy", ".png", ".tif", ".tiff")
 EXPECTED = {"rgb": "RGB of 8 bits", "convert": "8 bits a channel", "grey": "one grey channel of 8 bits"}
 DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of one channel with more than 8 bits."""
@@ -82,7 +82,8 @@ class Reader:
     def __call__(self, path: Path) -> tv_tensors.Image:
         """Read a file: ``(C, H, W)``, uint8, or float32 in 0..1 with a `value_range`."""
         if self.mode == "array":
-            image = _read_array(path, self)
+            assert self.channels is not None
+            image = read_array(path, self.channels)
         else:
             picture, deep = _open(path, upright=True)
             image = torch.from_numpy(_pixels(picture, deep, self, str(path))).permute(2, 0, 1)
@@ -183,14 +184,9 @@ def _open(path: Path, *, upright: bool = False) -> tuple[Image.Image, bool]:
             image.load()
         return ImageOps.exif_transpose(image) if upright else image, deep
     except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; put the file there or take it off the list") from None
+        raise missing(path) from None
     except Exception as error:  # Pillow's words for damage: each format has its own
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> ValueError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return ValueError(f"{path} cannot be decoded ({reason}); replace it with an intact file")
+        raise damaged(path, error) from error
 
 
 def _is_deep(image: Image.Image) -> bool:
@@ -253,53 +249,11 @@ def _scaled(x: Tensor, reader: Reader, name: str) -> Tensor:
     return ((x.double() - low) / (high - low)).clamp(0, 1).float()
 
 
-def _read_array(path: Path, reader: Reader) -> Tensor:
-    """The channels ``(C, H, W)`` of a file as they are, in its own type."""
-    suffix = path.suffix.lower()
-    if suffix not in ARRAYS:
-        raise ValueError(f"{path} is no file that reader.mode: array reads, expected one of {', '.join(ARRAYS)}")
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; put the file there or take it off the list")
-    if suffix == ".png":
-        return _read_png(path, reader)
-    try:
-        array = np.lib.format.open_memmap(path, mode="r") if suffix == ".npy" else _read_tiff(path)
-    except ImportError:
-        raise ValueError(f"{path} needs the package tifffile; pip install 'lightning-atrous[tiff]'") from None
-    except Exception as error:  # truncated archives, foreign pickles, unknown compressions: each has its own error
-        raise _damaged(path, error) from error
-    return _channels_first(array, reader, str(path))
-
-
-def _read_tiff(path: Path) -> np.ndarray:
-    import tifffile  # optional
-
-    return tifffile.imread(path)
-
-
-def _read_png(path: Path, reader: Reader) -> Tensor:
-    """By torchvision, which keeps 16 bits where Pillow does not, but unpacks palettes and shorter pixels."""
-    data = path.read_bytes()
-    if len(data) > 25 and data[:8] == b"\x89PNG\r\n\x1a\n" and (data[24] < 8 or data[25] == 3):
-        raise ValueError(
-            f"{path} has a palette or fewer than 8 bits a pixel, expected channels of 8 or 16; set reader.mode: convert"
-        )
-    try:
-        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
-    except (RuntimeError, ValueError) as error:
-        raise _damaged(path, error) from error
-    if image.shape[0] != reader.channels:
-        raise ValueError(
-            f"{path} has {image.shape[0]} channels, expected {reader.channels}; "
-            "set reader.channels to what the files have"
-        )
-    return image
-
-
 def _from_array(array: np.ndarray, reader: Reader) -> Tensor:
     """An array in memory ``(H, W, C)`` or ``(H, W)`` → ``(C, H, W)``, in its own type."""
     if reader.mode == "array":
-        return _channels_first(array, reader, "the array")
+        assert reader.channels is not None
+        return channels_first(array, reader.channels, "the array")
     shape = array.shape
     if array.ndim == 2 and reader.mode in ("grey", "convert"):
         array = array[..., None]
@@ -311,31 +265,4 @@ def _from_array(array: np.ndarray, reader: Reader) -> Tensor:
             f"the array has the shape {shape}, expected (H, W, C) with {reader.channels} channels; "
             "transpose or convert it"
         )
-    return _tensor(array, "the array").permute(2, 0, 1)
-
-
-def _channels_first(array: np.ndarray, reader: Reader, name: str) -> Tensor:
-    """``(H, W)``, ``(C, H, W)`` or ``(H, W, C)`` → ``(C, H, W)``, told apart by the number of channels alone."""
-    shape, channels = array.shape, reader.channels
-    if array.ndim == 2 and channels == 1 and array.size:
-        return _tensor(array, name)[None]
-    if array.ndim != 3 or channels not in (shape[0], shape[2]) or not array.size:
-        raise ValueError(
-            f"{name} has the shape {shape}, expected (C, H, W) or (H, W, C) with {channels} channels; "
-            "set reader.channels to what the files have"
-        )
-    if shape[0] == shape[2]:
-        raise ValueError(
-            f"{name} has the shape {shape}, in which {channels} channels may come first or last; "
-            "make its height or width another"
-        )
-    return _tensor(array, name) if shape[0] == channels else _tensor(array, name).permute(2, 0, 1)
-
-
-def _tensor(array: np.ndarray, name: str) -> Tensor:
-    if array.dtype.kind not in "uif" or array.dtype.itemsize > 8:
-        raise ValueError(
-            f"{name} holds values of type {array.dtype}, expected integers or floating numbers; convert it"
-        )
-    # a copy: torch takes neither negative strides nor foreign byte orders, and warns of what is read-only
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+    return to_tensor(array, "the array").permute(2, 0, 1)

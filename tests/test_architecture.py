@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry"},
+    {"types", "registry", "arrays"},
     {"layers", "dilation.ops", "names", "spec", "transforms", "runs", "images", "selection"},
     {"dilation.proof", "dilation.rewrite"},
     {"dilation.probe"},
@@ -44,8 +44,8 @@ WALLS = {
     "wandb": {"callbacks"},
     "segmentation_models_pytorch": {"heads.smp", "losses", "interop"},
     "rich": {"callbacks", "cli", "prediction"},
-    "PIL": {"images", "task"},
-    "tifffile": {"images"},
+    "PIL": {"arrays", "images", "task"},
+    "tifffile": {"arrays"},
 }
 
 PACKAGES = {"dilation", "heads", "data"}
