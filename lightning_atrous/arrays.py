@@ -73,7 +73,8 @@ def _read_png(path: Path, channels: int) -> Tensor:
         raise damaged(path, error) from error
     if array is None:
         raise ValueError(
-            f"{path} has a palette or fewer than 8 bits a pixel, expected channels of 8 or 16; set reader.mode: convert"
+            f"{path} has a palette or fewer than 8 bits a pixel, expected channels of 8 or 16; "
+            "set reader.mode (--reader) to convert"
         )
     array = array[..., None] if array.ndim == 2 else array
     if array.shape[-1] != channels:

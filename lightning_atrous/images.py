@@ -24,6 +24,7 @@ __all__ = ["RGB", "Reader", "as_image", "read_mask", "write_png"]
 Mode = Literal["rgb", "convert", "grey", "array"]
 
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
+OWN_CHANNELS = {"rgb": 3, "convert": 3, "grey": 1}
 EXPECTED = {"rgb": "RGB of 8 bits", "convert": "8 bits a channel", "grey": "one grey channel of 8 bits"}
 DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of one channel with more than 8 bits."""
@@ -38,7 +39,7 @@ class Reader:
             palette, CMYK, with alpha, which is dropped); ``grey`` takes one channel; ``array`` takes the channels
             as they stand in a ``.npy`` file, a TIFF or a PNG. All but ``array`` turn a picture upright as its EXIF
             orientation says.
-        channels: Of the image; needs to be given for ``array`` alone.
+        channels: Of the files, for ``array``; the other modes have their own.
         value_range: The values that become 0 and 1, linearly; beyond them is clipped. The image is then float32.
             Needed for everything deeper than 8 bits.
 
@@ -53,15 +54,16 @@ class Reader:
     def __post_init__(self) -> None:
         if self.mode not in get_args(Mode):
             raise ValueError(f"there is no reader mode '{self.mode}'; give one of {', '.join(get_args(Mode))}")
-        own = {"rgb": 3, "convert": 3, "grey": 1}.get(self.mode)
-        channels = own if self.channels is None else self.channels
-        if channels is None or channels < 1:
-            raise ValueError(f"reader mode array needs the number of channels, got {channels}; give channels")
-        if own not in (None, channels):
-            raise ValueError(
-                f"reader mode {self.mode} has {own} channels, got channels: {channels}; leave it out or take mode array"
-            )
-        object.__setattr__(self, "channels", channels)
+        own = OWN_CHANNELS.get(self.mode)
+        if own is None and (self.channels is None or self.channels < 1):
+            raise ValueError(f"reader mode array needs the number of channels, got {self.channels}; give channels")
+        if own is not None:
+            if self.channels not in (None, own):
+                raise ValueError(
+                    f"reader mode {self.mode} has {own} channels, got channels: {self.channels}; "
+                    "leave it out or take mode array"
+                )
+            object.__setattr__(self, "channels", None)  # one form, so that another mode can be laid over it
         if self.value_range is not None:
             value_range = tuple(float(value) for value in self.value_range)
             if len(value_range) != 2 or not -math.inf < value_range[0] < value_range[1] < math.inf:
@@ -72,7 +74,12 @@ class Reader:
 
     def __str__(self) -> str:
         limits = "" if self.value_range is None else f", value_range: {list(self.value_range)}"
-        return f"mode: {self.mode}, channels: {self.channels}{limits}"
+        return f"mode: {self.mode}, channels: {self.out_channels}{limits}"
+
+    @property
+    def out_channels(self) -> int:
+        """Of every image that is read."""
+        return self.channels or OWN_CHANNELS[self.mode]
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -82,8 +89,7 @@ class Reader:
     def __call__(self, path: Path) -> tv_tensors.Image:
         """Read a file: ``(C, H, W)``, uint8, or float32 in 0..1 with a `value_range`."""
         if self.mode == "array":
-            assert self.channels is not None
-            image = read_array(path, self.channels)
+            image = read_array(path, self.out_channels)
         else:
             picture, deep = _open(path, upright=True)
             image = torch.from_numpy(_pixels(picture, deep, self, str(path))).permute(2, 0, 1)
@@ -130,10 +136,10 @@ def as_image(image: Image.Image | np.ndarray | Tensor, reader: Reader = RGB) -> 
         name, x = "the array", _from_array(image, reader)
     elif isinstance(image, Tensor):
         name, x = "the tensor", image.as_subclass(Tensor)
-        if x.ndim not in (3, 4) or x.shape[-3] != reader.channels or 0 in x.shape:
+        if x.ndim not in (3, 4) or x.shape[-3] != reader.out_channels or 0 in x.shape:
             raise ValueError(
                 f"the tensor has the shape {tuple(x.shape)}, expected (C, H, W) or (B, C, H, W) with "
-                f"{reader.channels} channels; permute it, or give the channels that the model was trained on"
+                f"{reader.out_channels} channels; permute it, or give the channels that the model was trained on"
             )
     else:
         raise ValueError(
@@ -210,13 +216,13 @@ def _pixels(image: Image.Image, deep: bool, reader: Reader, name: str) -> np.nda
         "rgb": mode == "RGB",
         "convert": mode not in DEEP_GREY,
         "grey": mode == "L" or (mode in DEEP_GREY and reader.value_range is not None),
-        "array": len(image.getbands()) == reader.channels and mode not in ("P", "1"),
+        "array": len(image.getbands()) == reader.out_channels and mode not in ("P", "1"),
     }[reader.mode]
     if deep or not taken:
-        expected = EXPECTED.get(reader.mode, f"{reader.channels} channels")
+        expected = EXPECTED.get(reader.mode, f"{reader.out_channels} channels")
         raise ValueError(
             f"{name} is a picture of mode {mode}{' with 16 bits a channel' if deep else ''}, expected {expected}; "
-            f"set reader.mode: {_taken_by(mode, deep)}"
+            f"set reader.mode (--reader) to {_taken_by(mode, deep)}"
         )
     if reader.mode == "convert":
         # by way of RGBA: Pillow warns of a palette with transparency
@@ -231,7 +237,7 @@ def _taken_by(mode: str, deep: bool) -> str:
         return "array, with reader.channels and a reader.value_range such as [0, 65535]"
     if mode in DEEP_GREY:
         return "grey, with a reader.value_range such as [0, 65535]"
-    return {"L": "grey or convert", "RGB": "rgb"}.get(mode, "convert")
+    return {"L": "convert, or to grey for a model of one channel", "RGB": "rgb"}.get(mode, "convert")
 
 
 def _scaled(x: Tensor, reader: Reader, name: str) -> Tensor:
@@ -252,17 +258,16 @@ def _scaled(x: Tensor, reader: Reader, name: str) -> Tensor:
 def _from_array(array: np.ndarray, reader: Reader) -> Tensor:
     """An array in memory ``(H, W, C)`` or ``(H, W)`` → ``(C, H, W)``, in its own type."""
     if reader.mode == "array":
-        assert reader.channels is not None
-        return channels_first(array, reader.channels, "the array")
+        return channels_first(array, reader.out_channels, "the array")
     shape = array.shape
     if array.ndim == 2 and reader.mode in ("grey", "convert"):
         array = array[..., None]
     if array.ndim == 3 and reader.mode == "convert":
         array = array[..., :-1] if array.shape[-1] in (2, 4) else array  # alpha
         array = array.repeat(3, axis=-1) if array.shape[-1] == 1 else array
-    if array.ndim != 3 or array.shape[-1] != reader.channels or 0 in shape:
+    if array.ndim != 3 or array.shape[-1] != reader.out_channels or 0 in shape:
         raise ValueError(
-            f"the array has the shape {shape}, expected (H, W, C) with {reader.channels} channels; "
+            f"the array has the shape {shape}, expected (H, W, C) with {reader.out_channels} channels; "
             "transpose or convert it"
         )
     return to_tensor(array, "the array").permute(2, 0, 1)

@@ -213,11 +213,11 @@ def _reader(task: SegmentationTask, mode: Mode | None) -> Reader:
     """The checkpoint's reader, or another that gives as many channels."""
     if mode is None or mode == task.reader.mode:
         return task.reader
-    channels = task.reader.channels if mode == "array" else None
+    channels = task.reader.out_channels if mode == "array" else None
     reader = dataclasses.replace(task.reader, mode=mode, channels=channels)
-    if reader.channels != task.reader.channels:
+    if reader.out_channels != task.reader.out_channels:
         raise ValueError(
-            f"--reader {mode} gives images of {reader.channels} channels, but the checkpoint takes "
-            f"{task.reader.channels} ({task.reader}); leave it out"
+            f"--reader {mode} gives images of {reader.out_channels} channels, but the checkpoint takes "
+            f"{task.reader.out_channels} ({task.reader}); leave it out"
         )
     return reader

@@ -80,10 +80,10 @@ class SegmentationTask(L.LightningModule):
     ) -> None:
         super().__init__()
         optimizer = optimizer or SGD_RECIPE
-        if reader.channels != backbone.in_channels:
+        if reader.out_channels != backbone.in_channels:
             raise ValueError(
-                f"the backbone takes images of {backbone.in_channels} channels, but the reader gives {reader.channels} "
-                f"({reader}); set model.backbone.in_channels: {reader.channels}, or another data.reader"
+                f"the backbone takes images of {backbone.in_channels} channels, but the data's reader ({reader}) gives "
+                f"{reader.out_channels}; set model.backbone.in_channels: {reader.out_channels}, or another data.reader"
             )
         self.classes = classes
         self.reader = reader

@@ -62,7 +62,7 @@ def test_rgb_refuses_what_convert_takes(tmp_path: Path, mode: str) -> None:
     with Image.open(path) as image:
         stored, expected = image.mode, image.convert("RGBA" if image.mode in ("P", "PA") else "RGB").convert("RGB")
     with pytest.raises(
-        ValueError, match=rf"a\.\w+ is a picture of mode {stored}, expected RGB.*reader\.mode: .*convert"
+        ValueError, match=rf"a\.\w+ is a picture of mode {stored}, expected RGB.*reader\.mode \(--reader\) to .*convert"
     ):
         RGB(path)
     assert np.array_equal(Reader("convert")(path), chw(np.array(expected)))
@@ -83,7 +83,7 @@ def test_alpha_is_dropped_not_blended(tmp_path: Path) -> None:
 @pytest.mark.parametrize("channels", [2, 3, 4])
 def test_colours_of_16_bits_are_not_cut_to_8(tmp_path: Path, reader: Reader, channels: int) -> None:
     path = save_png(tmp_path / "a.png", pixels(5, 7, channels, dtype=np.uint16))
-    refused = r"mode RGBA? with 16 bits a channel, expected .* reader\.mode: array"
+    refused = r"mode RGBA? with 16 bits a channel, expected .* reader\.mode \(--reader\) to array"
     with pytest.raises(ValueError, match=refused):
         reader(path)
     with Image.open(path) as opened, pytest.raises(ValueError, match=refused):
@@ -110,26 +110,27 @@ def test_grey_is_one_channel_of_any_depth(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=rf"of mode {mode}, expected one grey channel.*value_range"):
             Reader("grey")(tmp_path / name)
         with pytest.raises(
-            ValueError, match=rf"of mode {mode}, expected.*reader\.mode: grey, with a reader\.value_range"
+            ValueError,
+            match=rf"of mode {mode}, expected.*reader\.mode \(--reader\) to grey, with a reader\.value_range",
         ):
             Reader("convert")(tmp_path / name)
         image = Reader("grey", value_range=DEEP)(tmp_path / name)
         assert image.dtype == torch.float32
         np.testing.assert_allclose(image, deep[None] / 65535, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"of mode RGB, expected one grey channel.*reader\.mode: rgb"):
+    with pytest.raises(ValueError, match=r"of mode RGB, expected one grey channel.*reader\.mode \(--reader\) to rgb"):
         Reader("grey")(save(tmp_path / "c.png"))
 
 
 @pytest.mark.parametrize("reader", [RGB, Reader("convert"), Reader("grey"), Reader("grey", value_range=DEEP)])
 def test_pictures_are_turned_upright(tmp_path: Path, reader: Reader) -> None:
     dtype = np.uint16 if reader.value_range else np.uint8
-    turned = np.zeros((4, 6, 3) if reader.channels == 3 else (4, 6), dtype)
+    turned = np.zeros((4, 6, 3) if reader.out_channels == 3 else (4, 6), dtype)
     turned[0, 0] = 255
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise
     Image.fromarray(turned).save(tmp_path / "a.png", exif=exif)
     image = reader(tmp_path / "a.png")
-    assert image.shape == (reader.channels, 6, 4)
+    assert image.shape == (reader.out_channels, 6, 4)
     assert image[0].nonzero().tolist() == [[0, 3]]
     with Image.open(tmp_path / "a.png") as opened:  # in memory it lines up with np.asarray
         assert as_image(opened, reader)[0].nonzero().tolist() == [[0, 0]]
@@ -235,7 +236,7 @@ def test_pixels_that_are_no_number_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["P", "1"])
 def test_a_palette_is_no_channel(tmp_path: Path, mode: str) -> None:
-    with pytest.raises(ValueError, match=r"a palette or fewer than 8 bits.*reader\.mode: convert"):
+    with pytest.raises(ValueError, match=r"a palette or fewer than 8 bits.*reader\.mode \(--reader\) to convert"):
         Reader("array", 3)(save(tmp_path / "a.png", mode))
 
 
@@ -270,7 +271,7 @@ def test_options_that_make_no_sense_are_refused(options: dict[str, Any], says: s
 
 def test_a_reader_knows_its_channels_and_equals_its_like() -> None:
     assert Reader() == Reader("rgb", 3)
-    assert (Reader("convert").channels, Reader("grey").channels, Reader("array", 7).channels) == (3, 1, 7)
+    assert [r.out_channels for r in (RGB, Reader("convert"), Reader("grey"), Reader("array", 7))] == [3, 3, 1, 7]
     assert Reader("grey", value_range=[0, 1]) == Reader("grey", 1, (0.0, 1.0))  # type: ignore[arg-type]  # as from YAML
 
 
