@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import warnings
 from pathlib import Path
 
 import pytest
@@ -66,8 +65,7 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 (checkpoint := Path("runs/quickstart/checkpoints/best.ckpt")).parent.mkdir(parents=True)
                 torch.save({"state_dict": task.state_dict(), SPEC_KEY: task.spec}, checkpoint)
                 Image.new("RGB", (57, 41)).save("photo.jpg")
-                with warnings.catch_warnings(action="ignore", category=ResourceWarning):  # of Image.open
-                    exec(compile(prediction, "README.md", "exec"), names)
+                exec(compile(prediction, "README.md", "exec"), names)
                 assert names["index"].shape == (41, 57)
         assert "linear" in HEADS
         head_lines = [line for line in blocks[0].splitlines() if line.strip()]
