@@ -8,6 +8,7 @@ from __future__ import annotations
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.dilation import Dilation, DilationError, set_output_stride
 from lightning_atrous.heads import HEADS, Head, create_head
+from lightning_atrous.images import Reader
 from lightning_atrous.model import SegmentationModel
 from lightning_atrous.task import SegmentationTask
 from lightning_atrous.types import ClassInfo, FeatureInfo, Preprocess
@@ -22,6 +23,7 @@ __all__ = [
     "FeatureInfo",
     "Head",
     "Preprocess",
+    "Reader",
     "SegmentationModel",
     "SegmentationTask",
     "TimmBackbone",
@@ -31,4 +33,4 @@ __all__ = [
 ]
 
 load = SegmentationTask.load_from_checkpoint
-"""A checkpoint's task, ready to predict: ``load(path).model.predict(image)``."""
+"""A checkpoint's task, ready to predict: ``load(path).predict(image)``."""

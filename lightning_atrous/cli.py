@@ -17,6 +17,7 @@ from lightning_atrous import __version__
 from lightning_atrous.backbone import list_backbones
 from lightning_atrous.complaints import Complaint
 from lightning_atrous.heads import HEADS
+from lightning_atrous.prediction import predict
 from lightning_atrous.registry import close_matches
 from lightning_atrous.training import TrainingCLI
 
@@ -28,6 +29,10 @@ TRACEBACK = "LIGHTNING_ATROUS_TRACEBACK"
 
 def _train(arguments: Sequence[str]) -> None:
     TrainingCLI(arguments)
+
+
+def _predict(arguments: Sequence[str]) -> None:
+    predict(arguments[1:])
 
 
 def _list(arguments: Sequence[str]) -> None:
@@ -54,6 +59,7 @@ VERBS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "fit": ("train from a config; --ckpt_path last goes on with the newest run", _train),
     "validate": ("score a checkpoint on the validation images", _train),
     "test": ("score a checkpoint on the test images", _train),
+    "predict": ("CHECKPOINT IMAGES...: class indices, colours and overlays of pictures", _predict),
     "list": ("heads | backbones [PATTERN]: what can be put into a config", _list),
 }
 

@@ -89,10 +89,12 @@ def clarify(message: str, parser: argparse.ArgumentParser, classes: Mapping[str,
         return f"{key} takes no option '{match[1]}'" + (f"; {close_matches(match[1], known)}" if known else "")
     if (match := re.search(r"Expected a dot import path string: (\S+)", text)) and key in classes:
         return f"{key}: no class is named '{match[1]}'; {close_matches(match[1], sorted(subclass_names(classes[key])))}"
-    if match := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .*Given value: (.*)", text):
-        expected = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", match[1]).replace("NoneType", "null")
-        return f"{key}: expected one of {expected}, got {match[2]}"
-    if match := re.search(r"Expected an? (.*?)\. Got value: (.*)", text):
+    # of options within options, what is said of the innermost
+    inner = re.split(r" - Expected a NoneType Given value type: NestedArg", text.rpartition('arser key "')[2])[0]
+    inner = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", inner)
+    if match := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .*Given value: (.*)", inner):
+        return f"{key}: expected one of {match[1].replace('NoneType', 'null')}, got {match[2]}"
+    if match := re.search(r"Expected an? (.*?)\. Got value: (.*)", inner):
         return f"{key}: expected {match[1]}, got {match[2]}"
     return re.sub(r'Parser key "([\w.]+)":', r"\1:", text)
 

@@ -13,13 +13,14 @@ __all__ = ["whole_file"]
 
 
 @contextlib.contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes its place only when all of it is on disk.
+def whole_file(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes its place only when all of it is written.
 
     Until then an older file of that name stays as it was, whatever happens: a full disk, a kill, an error in between.
 
     Args:
         path: The file; folders above it are made.
+        durable: Whether to wait until the disk has it, so that not even a loss of power can cut it short.
 
     Raises:
         ValueError: The place cannot be written, with the system's reason.
@@ -32,8 +33,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         with os.fdopen(handle, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # what `open` would have given it
         os.replace(temporary, path)
     except OSError as error:

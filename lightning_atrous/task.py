@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Collection
-from typing import Any, TypedDict
+from typing import Any, TypedDict, overload
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from PIL import Image
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -17,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_atrous.accumulation import Accumulation
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.heads import HEADS, DeepLabV3Plus, HeadFactory
+from lightning_atrous.images import RGB, Reader, as_image
 from lightning_atrous.losses import CrossEntropy, LossFactory, mean_over_ranks
 from lightning_atrous.metrics import SegmentationScore, class_iou, scores
 from lightning_atrous.model import SegmentationModel
@@ -31,7 +34,7 @@ SPEC_KEY = "lightning_atrous"
 
 
 class Batch(TypedDict):
-    """What the data yields: ``image`` uint8 ``(B, C, H, W)``, ``mask`` int64 ``(B, H, W)``, ``name`` of each."""
+    """What the data yields: ``image`` ``(B, C, H, W)`` as read, ``mask`` int64 ``(B, H, W)``, ``name`` of each."""
 
     image: Tensor
     mask: Tensor
@@ -45,6 +48,7 @@ class SegmentationTask(L.LightningModule):
         backbone: The timm network that turns images into features.
         head: The class that turns features into logits, with its options.
         classes: What the mask values mean. On the command line it comes from the data.
+        reader: How the image files were read. On the command line it comes from the data.
         aux_head: A second head for a second loss in training, such as FCN with ``level: -2``.
         aux_weight: Of the second loss.
         preprocess: Mean and deviation per channel in units of 0..1; the backbone's own where not given.
@@ -66,6 +70,7 @@ class SegmentationTask(L.LightningModule):
         head: HeadFactory = DeepLabV3Plus,
         *,
         classes: ClassInfo,
+        reader: Reader = RGB,
         aux_head: HeadFactory | None = None,
         aux_weight: float = 0.4,
         preprocess: Preprocess | None = None,
@@ -78,7 +83,13 @@ class SegmentationTask(L.LightningModule):
     ) -> None:
         super().__init__()
         optimizer = optimizer or SGD_RECIPE
+        if reader.out_channels != backbone.in_channels:
+            raise ValueError(
+                f"the backbone takes images of {backbone.in_channels} channels, but the data's reader ({reader}) gives "
+                f"{reader.out_channels}; set model.backbone.in_channels: {reader.out_channels}, or another data.reader"
+            )
         self.classes = classes
+        self.reader = reader
         self.model = SegmentationModel(
             backbone,
             head(backbone.info, len(classes)),
@@ -113,6 +124,7 @@ class SegmentationTask(L.LightningModule):
             "backbone": self.model.backbone.options(),
             **self._factories,
             "classes": dataclasses.asdict(self.classes),
+            "reader": dataclasses.asdict(self.reader),
             "aux_weight": self.aux_weight,
             "preprocess": dataclasses.asdict(self.model.preprocess),
             "schedule": dataclasses.asdict(self.schedule),
@@ -141,6 +153,7 @@ class SegmentationTask(L.LightningModule):
         return cls(
             TimmBackbone(**spec.pop("backbone")),
             classes=ClassInfo(**spec.pop("classes")),
+            reader=Reader(**spec.pop("reader")),
             preprocess=Preprocess(**spec.pop("preprocess")),
             schedule=Poly(**spec.pop("schedule")),
             **{**spec, **factories},
@@ -167,6 +180,34 @@ class SegmentationTask(L.LightningModule):
     def forward(self, image: Tensor) -> Tensor:
         """Image ``(B, C, H, W)``, uint8 or floating in 0..1 → logits ``(B, K, H, W)``."""
         return self.model(image)
+
+    @overload
+    def predict(self, image: Tensor) -> Tensor: ...
+
+    @overload
+    def predict(self, image: Image.Image | np.ndarray) -> np.ndarray: ...
+
+    def predict(self, image: Image.Image | np.ndarray | Tensor) -> np.ndarray | Tensor:
+        """The class of every pixel. Puts the task into eval mode and computes on its device.
+
+        Args:
+            image: A PIL picture (as it is: its EXIF orientation is not applied), an array ``(H, W, C)`` or ``(H, W)``,
+                or a tensor ``(C, H, W)`` or ``(B, C, H, W)``; uint8, or floating in 0..1.
+
+        Returns:
+            For a picture or an array, an array ``(H, W)``: uint8 for at most 256 classes, else int32. For a tensor,
+            int64 ``(H, W)`` or ``(B, H, W)`` on the task's device.
+
+        Raises:
+            ValueError: An image that is not of the kind the task was trained on.
+        """
+        x = as_image(image, self.reader).to(self.device)
+        batched = x.ndim == 4
+        self.eval()
+        labels = self.model.predict(self._memory_format(x if batched else x[None]))
+        if isinstance(image, Tensor):
+            return labels if batched else labels[0]
+        return labels[0].cpu().numpy().astype(np.uint8 if len(self.classes) <= 256 else np.int32)
 
     def on_train_start(self) -> None:
         """Begin a resumed run on this run's curve, if its length has changed."""
@@ -210,7 +251,9 @@ class SegmentationTask(L.LightningModule):
         self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(batch["image"]))
 
     def _image(self, batch: Batch) -> Tensor:
-        image = batch["image"]
+        return self._memory_format(batch["image"])
+
+    def _memory_format(self, image: Tensor) -> Tensor:
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
 
     def on_validation_epoch_end(self) -> None:
@@ -259,9 +302,17 @@ class SegmentationTask(L.LightningModule):
         Raises:
             ValueError: What differs.
         """
-        theirs = checkpoint.get(SPEC_KEY)
-        if theirs is None:
+        if SPEC_KEY not in checkpoint:
             raise ValueError("this checkpoint was not written by lightning-atrous; it does not say what it is made of")
+        self.check_fits(checkpoint[SPEC_KEY])
+        self._steps_trained = checkpoint["global_step"]
+
+    def check_fits(self, theirs: dict[str, Any]) -> None:
+        """Refuse to go on with what a checkpoint describes, where it is another model, or was trained on other data.
+
+        Raises:
+            ValueError: What differs.
+        """
         ours = self.spec
         for what, key in (("backbone", "name"), ("head", "class_path")):
             if theirs[what][key] != ours[what][key]:
@@ -274,7 +325,12 @@ class SegmentationTask(L.LightningModule):
                 f"the checkpoint was trained on the classes {', '.join(theirs['classes']['names'])}, but the data has "
                 f"{', '.join(self.classes.names)}; give data of the same classes"
             )
-        self._steps_trained = checkpoint["global_step"]
+        reader = Reader(**theirs["reader"])
+        if reader != self.reader:
+            raise ValueError(
+                f"the checkpoint was trained on images read with {reader}, but the data is read with {self.reader}; "
+                f"give the same data.reader"
+            )
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

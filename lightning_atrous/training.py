@@ -87,6 +87,7 @@ class TrainingCLI(LightningCLI):
         self.run_dir = Path()
         self.first_step = 0
         self.wandb_id: str | None = None
+        self.checkpoint: dict[str, Any] | None = None  # what it says of itself
         super().__init__(
             SegmentationTask,
             SegmentationData,
@@ -124,7 +125,7 @@ class TrainingCLI(LightningCLI):
         self.trainer.test(**arguments, verbose=False)
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run's directory, tie the classes to the data, and show the default optimiser as what it is."""
+        """Add the run's directory, tie classes and reader to the data, and show the default optimiser as what it is."""
         parser.add_argument(
             "--run_dir",
             type=str | None,
@@ -133,6 +134,7 @@ class TrainingCLI(LightningCLI):
             "number behind it, `--ckpt_path last` goes on in the newest.",
         )
         parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
+        parser.link_arguments("data.reader", "model.reader", apply_on="instantiate")
         parser.set_defaults({"model.optimizer": describe(SGD_RECIPE)})
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -145,7 +147,8 @@ class TrainingCLI(LightningCLI):
                 content = read_checkpoint(path)
                 self.first_step = content["global_step"]
                 self.wandb_id = content["callbacks"].get(WandbRun().state_key, {}).get("id")
-                arguments = _lay_beneath(arguments, content[SPEC_KEY], path)
+                self.checkpoint = content[SPEC_KEY]
+                arguments = _lay_beneath(arguments, self.checkpoint, path)
         except ValueError as error:
             raise Complaint(str(error), exit_code=2) from error
         self.config = parser.parse_args(arguments)
@@ -182,6 +185,8 @@ class TrainingCLI(LightningCLI):
                 trainer.logger, run_dir=self.run_dir, first_step=self.first_step, wandb_id=self.wandb_id
             )
             super().instantiate_classes()
+            if self.checkpoint is not None:
+                self.model.check_fits(self.checkpoint)
         except Exception as error:
             complaint = Complaint.of(error, exit_code=2)
             if complaint is None:
@@ -254,7 +259,7 @@ def _default_base(configs: Sequence[str]) -> Path:
 
 def _lay_beneath(arguments: Sequence[str], spec: dict[str, Any], path: Path) -> list[str]:
     """Arguments with a checkpoint's model as the first config, which all others then override."""
-    model = {key: value for key, value in spec.items() if key != "classes"}
+    model = {key: value for key, value in spec.items() if key not in ("classes", "reader")}
     verb, *rest = arguments
     rest = _without("--ckpt_path", rest)
     # the checkpoint brings the weights

@@ -19,14 +19,14 @@ from torchvision.transforms.v2 import functional as F
 __all__ = ["Augment", "Sample", "distort", "window"]
 
 GREY = 124
-"""What the padding of an image is filled with: the mean of ImageNet, about zero once normalised."""
+"""What the padding of an image is filled with, in 0..255: the mean of ImageNet, about zero once normalised."""
 
 
 class Sample(TypedDict):
     """One image with its labels.
 
     Keys:
-        image: uint8 ``(C, H, W)``.
+        image: ``(C, H, W)``, uint8 or floating in 0..1.
         mask: Integer ``(H, W)``: classes ``0..K-1`` or the ignore index.
         name: Tells the sample from the others of its split.
     """
@@ -69,7 +69,7 @@ class Augment:
         """Transform one sample; the given one is left as it is.
 
         Args:
-            sample: Image uint8 ``(3, H, W)`` and mask ``(H, W)`` of any size.
+            sample: Image ``(C, H, W)``, uint8 or floating in 0..1, and mask ``(H, W)`` of any size.
             generator: Decides everything; torch's global one by default.
             ignore_index: What the mask is padded with where the image has ended.
         """
@@ -84,7 +84,7 @@ class Augment:
         mask = F.resize_image(mask[None, y, x], size, interpolation=InterpolationMode.NEAREST_EXACT)
         image = distort(image, self.distort, generator)
         padding = [pad_x[0], pad_y[0], pad_x[1], pad_y[1]]
-        image = F.pad_image(image, padding, fill=GREY)
+        image = F.pad_image(image, padding, fill=GREY / 255 if image.is_floating_point() else GREY)
         mask = F.pad_image(mask, padding, fill=ignore_index)[0]
         if _uniform(0, 1, generator) < self.flip:
             image, mask = image.flip(-1), mask.flip(-1)
@@ -121,10 +121,11 @@ def distort(image: Tensor, p: float, generator: torch.Generator | None = None) -
     """Brightness, contrast, saturation and hue, each changed with probability ``p``.
 
     The ranges are those of torchvision's ``RandomPhotometricDistort`` (after SSD, Liu et al. 2016), without
-    the permutation of channels: a green sky teaches nothing.
+    the permutation of channels: a green sky teaches nothing. Other numbers of channels than three are no colours:
+    brightness and contrast alone are changed, the contrast of each channel about its own mean.
 
     Args:
-        image: uint8 ``(3, H, W)``.
+        image: ``(C, H, W)``, uint8 or floating in 0..1.
         p: In 0..1.
         generator: Torch's global one by default.
     """
@@ -134,10 +135,12 @@ def distort(image: Tensor, p: float, generator: torch.Generator | None = None) -
         (F.adjust_saturation_image, 0.5, 1.5),
         (F.adjust_hue_image, -0.05, 0.05),
     )
-    for adjust, low, high in steps:
+    colour = image.shape[0] == 3
+    image = image if colour else image[:, None]  # a batch of grey images
+    for adjust, low, high in steps if colour else steps[:2]:
         if _uniform(0, 1, generator) < p:
             image = adjust(image, _uniform(low, high, generator))
-    return image
+    return image if colour else image[:, 0]
 
 
 def _uniform(low: float, high: float, generator: torch.Generator | None) -> float:

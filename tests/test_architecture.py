@@ -10,8 +10,19 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry", "files"},
-    {"layers", "dilation.ops", "names", "spec", "transforms", "runs", "accumulation", "data.labels"},
+    {"types", "registry", "files", "arrays"},
+    {
+        "layers",
+        "dilation.ops",
+        "names",
+        "spec",
+        "transforms",
+        "runs",
+        "accumulation",
+        "data.labels",
+        "images",
+        "selection",
+    },
     {"dilation.proof", "dilation.rewrite"},
     {"dilation.probe"},
     {"dilation.network"},
@@ -21,7 +32,7 @@ LAYERS = [
     {"model"},
     {"task"},
     {"callbacks", "loggers", "plugins"},
-    {"training"},
+    {"training", "prediction"},
     {"cli"},
     {"__main__"},
 ]
@@ -46,7 +57,9 @@ WALLS = {
     "jsonargparse": {"training"},
     "wandb": {"loggers"},
     "segmentation_models_pytorch": {"heads.smp", "losses", "interop"},
-    "rich": {"callbacks", "cli"},
+    "rich": {"callbacks", "cli", "prediction"},
+    "PIL": {"arrays", "images", "task"},
+    "tifffile": {"arrays"},
 }
 
 PACKAGES = {"dilation", "heads", "data"}

@@ -203,7 +203,7 @@ def test_a_plugin_is_installed_listed_and_trained(command: Command, workdir: Pat
 
 def test_help_shows_every_verb(command: Command) -> None:
     shown = command("--help").stdout
-    for verb in ("fit", "validate", "test", "list"):
+    for verb in ("fit", "validate", "test", "predict", "list"):
         assert re.search(rf"^  {verb} ", shown, re.M)
 
 

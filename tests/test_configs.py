@@ -10,9 +10,11 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT
+from PIL import Image
 
 from lightning_atrous.cli import main
 from lightning_atrous.heads import HEADS
+from lightning_atrous.task import SPEC_KEY
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 README = (ROOT / "README.md").read_text()
@@ -57,8 +59,8 @@ def test_readme_command_parses(line: str, monkeypatch: pytest.MonkeyPatch, capsy
     assert "backbone" in capsys.readouterr().out
 
 
-def test_the_readmes_python_runs() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.S)
+def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prediction, *blocks = re.findall(r"```python\n(.*?)```", README, re.S)
     assert len(blocks) == 2
     try:
         for block in blocks:
@@ -68,6 +70,12 @@ def test_the_readmes_python_runs() -> None:
                 task = names["task"]
                 assert task.model.output_stride == 8
                 assert task.model.predict(torch.zeros(1, 3, 40, 56, dtype=torch.uint8)).shape == (1, 40, 56)
+                monkeypatch.chdir(tmp_path)
+                (checkpoint := Path("runs/quickstart/checkpoints/best.ckpt")).parent.mkdir(parents=True)
+                torch.save({"state_dict": task.state_dict(), SPEC_KEY: task.spec}, checkpoint)
+                Image.new("RGB", (57, 41)).save("photo.jpg")
+                exec(compile(prediction, "README.md", "exec"), names)
+                assert names["index"].shape == (41, 57)
         assert "linear" in HEADS
         head_lines = [line for line in blocks[0].splitlines() if line.strip()]
         assert len(head_lines) <= 15

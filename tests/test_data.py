@@ -22,9 +22,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from lightning_atrous.data import CamVid, Folder, SegmentationData, Shapes
-from lightning_atrous.data.base import FileDataset, FilePair, Split, collate, read_image, read_mask
+from lightning_atrous.data.base import FileDataset, FilePair, Split, collate
 from lightning_atrous.data.camvid import CAMVID
 from lightning_atrous.data.shapes import FORMS, SHAPES, ShapesDataset, draw
+from lightning_atrous.images import RGB, read_mask
 from lightning_atrous.transforms import Augment, Sample
 from lightning_atrous.types import ClassInfo
 
@@ -381,17 +382,6 @@ def test_many_classes_and_a_negative_ignore_index_fit(tmp_path: Path) -> None:
     assert FileDataset(pair, classes, label_map=labels)[0]["mask"].tolist() == [[0, 299], [-100, 7]]
 
 
-def test_images_are_turned_upright(tmp_path: Path) -> None:
-    pixels = np.zeros((4, 6, 3), np.uint8)
-    pixels[0, 0] = 255
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
-    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
-    image = read_image(tmp_path / "a.png")
-    assert image.shape == (3, 6, 4)
-    assert image[0].nonzero().tolist() == [[0, 3]]
-
-
 def _broken(path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
@@ -465,7 +455,7 @@ def test_what_is_wrong_with_files_is_said_in_a_sentence(
         (lambda p: Tiny(num_workers=-1), "num_workers must be at least 0"),
         (lambda p: FileDataset([], SHAPES), "no images"),
         (lambda p: FileDataset([FilePair("a", p / "a.png", p / "b.png")], SHAPES), "there is no image"),
-        (lambda p: read_image(p / "a.png"), "does not exist"),
+        (lambda p: RGB(p / "a.png"), "does not exist"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(tmp_path: Path, build: Callable[[Path], object], message: str) -> None:

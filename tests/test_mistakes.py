@@ -85,6 +85,18 @@ MISTYPED = {
         (*FIT, "--model.optimizer", "SDG"),
         "model.optimizer: no class is named 'SDG'; did you mean",
     ),
+    "reader": (
+        (*FIT, "--data=Folder", "--data.root=.", "--data.reader.mode", "gray"),
+        "data.reader.mode: expected 'rgb', 'convert', 'grey', 'array', got gray",
+    ),
+    "reader's range": (
+        (*FIT, "--data=Folder", "--data.root=.", "--data.reader.value_range", "3"),
+        "data.reader.value_range: expected one of tuple[float, float], null, got 3",
+    ),
+    "crop": (
+        (*FIT, "--data=Folder", "--data.root=.", "--data.augment.flip", "x"),
+        "data.augment.flip: expected float, got x",
+    ),
     "list what": (("list", "haeds"), "invalid choice"),
     "list nothing": (("list",), "required"),
 }

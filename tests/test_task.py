@@ -14,6 +14,7 @@ import lightning_atrous
 from lightning_atrous import ClassInfo, SegmentationModel, SegmentationTask, TimmBackbone
 from lightning_atrous.data import Shapes
 from lightning_atrous.heads import FCN, DeepLabV3, DeepLabV3Plus
+from lightning_atrous.images import Reader
 from lightning_atrous.optim import Poly
 from lightning_atrous.task import SPEC_KEY, read_checkpoint
 from lightning_atrous.types import Preprocess
@@ -192,5 +193,5 @@ def test_a_run_without_an_end_has_no_poly_schedule(tmp_path: Path) -> None:
 
 
 def test_other_channels_than_three() -> None:
-    this = SegmentationTask(backbone(in_channels=5), FCN, classes=CLASSES)
+    this = SegmentationTask(backbone(in_channels=5), FCN, classes=CLASSES, reader=Reader("array", 5))
     assert this(torch.randint(0, 256, (1, 5, 40, 40), dtype=torch.uint8)).shape == (1, 3, 40, 40)

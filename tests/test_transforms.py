@@ -124,6 +124,37 @@ def test_distortion_changes_colours_within_bounds_and_nothing_else() -> None:
     assert 105 < max(levels) <= 114
 
 
+@pytest.mark.parametrize("channels", [1, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+@pytest.mark.parametrize("size", [(20, 30), (90, 70)])
+def test_any_channels_and_floats_are_augmented_alike(channels: int, dtype: torch.dtype, size: tuple[int, int]) -> None:
+    """Floats in 0..1 come out as bytes do, to within their rounding; images smaller than the crop too."""
+    octets = torch.randint(0, 256, (channels, *size), generator=seeded(1), dtype=torch.uint8)
+    image = octets if dtype == torch.uint8 else octets / 255
+    mask = torch.zeros(size, dtype=torch.uint8)
+    for seed in range(4):
+        out = Augment((64, 48), distort=1)(make(image, mask), seeded(seed))
+        same = Augment((64, 48), distort=1)(make(octets, mask), seeded(seed))
+        assert (out["image"].dtype, out["image"].shape) == (dtype, (channels, 64, 48))
+        assert torch.equal(out["mask"], same["mask"])
+        result = out["image"].as_subclass(torch.Tensor)
+        padding = result[:, out["mask"] == 255]
+        assert bool((padding == (GREY if dtype == torch.uint8 else GREY / 255)).all())
+        if dtype == torch.float32:
+            assert 0 <= float(result.min()) <= float(result.max()) <= 1
+            difference = result - same["image"].as_subclass(torch.Tensor) / 255
+            assert float(difference.abs().mean()) < (0.02 if channels == 3 else 0.005)  # hue is coarse in bytes
+
+
+def test_contrast_is_about_the_mean_of_each_channel() -> None:
+    """Of six channels, each is changed as a grey image of its own is."""
+    image = torch.rand(6, 9, 9, generator=seeded(0)) * 0.5 + 0.2
+    together = distort(image, 1, seeded(5))
+    for i in range(6):
+        torch.testing.assert_close(together[i : i + 1], distort(image[i : i + 1], 1, seeded(5)))
+    assert not torch.allclose(together, image)
+
+
 def test_the_seed_decides_all_and_the_global_generator_nothing() -> None:
     sample, augment = random_sample(60, 60), Augment((32, 32))
     first = augment(sample, seeded(3))

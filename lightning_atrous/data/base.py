@@ -1,4 +1,4 @@
-"""What every source of data shares: readers, the file dataset, and the data module."""
+"""What every source of data shares: the file dataset, and the data module."""
 
 from __future__ import annotations
 
@@ -12,57 +12,17 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 from torchvision import tv_tensors
 
 from lightning_atrous.data.labels import LabelTable
+from lightning_atrous.images import RGB, Reader, read_mask
 from lightning_atrous.transforms import Augment, Sample
 from lightning_atrous.types import ClassInfo
 
-__all__ = ["FileDataset", "FilePair", "SegmentationData", "Split", "collate", "read_image", "read_mask"]
+__all__ = ["FileDataset", "FilePair", "SegmentationData", "Split", "collate"]
 
 Split = Literal["train", "val", "test"]
-
-
-def read_image(path: Path) -> tv_tensors.Image:
-    """An RGB picture, turned upright as its EXIF orientation says: uint8 ``(3, H, W)``.
-
-    Raises:
-        ValueError: The file is missing, damaged, or not RGB.
-    """
-    image = _open(path)
-    if image.mode != "RGB":
-        raise ValueError(f"{path} is a picture of mode {image.mode}, expected RGB; convert it to 8-bit RGB")
-    pixels = np.array(ImageOps.exif_transpose(image))
-    return tv_tensors.Image(torch.from_numpy(pixels).permute(2, 0, 1))
-
-
-def read_mask(path: Path) -> np.ndarray:
-    """Class indices ``(H, W)``, in the file's own integer type; those of a palette picture, not its colours.
-
-    Raises:
-        ValueError: The file is missing, damaged, or holds colours instead of indices.
-    """
-    image = _open(path)
-    if image.mode not in ("1", "L", "P", "I", "I;16"):
-        raise ValueError(
-            f"{path} is a mask of mode {image.mode}, expected class indices in one grey or palette channel; "
-            "convert its colours to indices"
-        )
-    labels = np.array(image)
-    return labels.astype(np.uint8) if labels.dtype == bool else labels
-
-
-def _open(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist; put the file there or take it off the list") from None
-    except (OSError, SyntaxError) as error:  # Pillow's words for damage
-        raise ValueError(f"{path} cannot be decoded ({error}); replace it with an intact file") from error
-    return image
 
 
 class FilePair(NamedTuple):
@@ -74,13 +34,14 @@ class FilePair(NamedTuple):
 
 
 class FileDataset(Dataset[Sample]):
-    """Pairs of files as samples: uint8 image ``(3, H, W)``, mask ``(H, W)`` in uint8, or in int64 if it must.
+    """Pairs of files as samples: image ``(C, H, W)`` as read, mask ``(H, W)`` in uint8, or in int64 if it must.
 
     Args:
         pairs: At least one.
         classes: What the masks mean.
         label_map: Raw label in the files → class or ignore index; by default each stands for itself.
         hints: For labels that the map lacks, what is probably wrong with a mask that holds them (`LabelTable`).
+        reader: How image files are read.
 
     Raises:
         ValueError: No pair, a missing file; when read: damage, sizes that differ, a label that is not in the map.
@@ -93,6 +54,7 @@ class FileDataset(Dataset[Sample]):
         *,
         label_map: Mapping[int, int] | None = None,
         hints: Mapping[int, str] | None = None,
+        reader: Reader = RGB,
     ) -> None:
         if not pairs:
             raise ValueError("a dataset of no images: give at least one pair of an image and a mask")
@@ -101,7 +63,7 @@ class FileDataset(Dataset[Sample]):
                 raise ValueError(f"there is no image {pair.image}; add it or take '{pair.name}' off the list")
             if not pair.mask.is_file():
                 raise ValueError(f"image {pair.image} has no mask {pair.mask}; add it or remove the image")
-        self.pairs, self.classes = tuple(pairs), classes
+        self.pairs, self.classes, self.reader = tuple(pairs), classes, reader
         self.table = LabelTable(classes, label_map, hints)
 
     def __len__(self) -> int:
@@ -110,7 +72,7 @@ class FileDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Read, check, map labels to classes."""
         pair = self.pairs[index]
-        image, labels = read_image(pair.image), read_mask(pair.mask)
+        image, labels = self.reader(pair.image), read_mask(pair.mask)
         if labels.shape != image.shape[1:]:
             raise ValueError(
                 f"mask {pair.mask} is {labels.shape[1]}×{labels.shape[0]} pixels but its image is "
@@ -121,7 +83,7 @@ class FileDataset(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Samples → ``{"image": uint8 (B, C, H, W), "mask": int64 (B, H, W), "name": [B names]}``.
+    """Samples → ``{"image": uint8 or float32 (B, C, H, W), "mask": int64 (B, H, W), "name": [B names]}``.
 
     Raises:
         ValueError: Images of different sizes.
@@ -181,11 +143,11 @@ class _Augmented(Dataset[Sample]):
 class SegmentationData(LightningDataModule, ABC):
     """Batches for training and evaluation; a source of data implements `build`.
 
-    A batch is ``{"image": uint8 (B, C, H, W), "mask": int64 (B, H, W), "name": list of B}``. Images are not
-    normalised: that is the model's. Training batches are shuffled and augmented by the seed of
-    `lightning.seed_everything`, the epoch and the index alone, whatever the number of workers and devices; a
-    last batch that is not full is left out, unless it is the only one. Evaluation batches are whole images in their own
-    size, in the order of the source, each counted once on however many ranks.
+    A batch is ``{"image": uint8 (B, C, H, W), "mask": int64 (B, H, W), "name": list of B}``, the image float32 in 0..1
+    where the reader has a range of values. Images are not normalised: that is the model's. Training batches are
+    shuffled and augmented by the seed of `lightning.seed_everything`, the epoch and the index alone, whatever the
+    number of workers and devices; a last batch that is not full is left out, unless it is the only one. Evaluation
+    batches are whole images in their own size, in the order of the source, each counted once on however many ranks.
 
     Args:
         classes: Of the masks; an attribute from here on.
@@ -193,6 +155,7 @@ class SegmentationData(LightningDataModule, ABC):
         eval_batch_size: Of validation and test, per device; more than 1 needs images of one size.
         num_workers: Processes that read and augment; 0 does it in the main one.
         augment: Of training samples; none gives them as they are.
+        reader: How image files are read; an attribute from here on.
 
     Raises:
         ValueError: A batch size below 1, a negative number of workers.
@@ -206,6 +169,7 @@ class SegmentationData(LightningDataModule, ABC):
         eval_batch_size: int = 1,
         num_workers: int = 2,
         augment: Augment | None = None,
+        reader: Reader = RGB,
     ) -> None:
         super().__init__()
         for name, value, low in (
@@ -219,6 +183,7 @@ class SegmentationData(LightningDataModule, ABC):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers = num_workers
         self.augment = augment
+        self.reader = reader
         self._datasets: dict[Split, Dataset[Sample]] = {}
 
     @abstractmethod

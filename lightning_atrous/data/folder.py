@@ -5,17 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning_atrous.data.base import FileDataset, FilePair, SegmentationData, Split
+from lightning_atrous.images import RGB, Reader
 from lightning_atrous.transforms import Augment
 from lightning_atrous.types import ClassInfo
 
 __all__ = ["Folder"]
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 AUGMENT = Augment(crop=(512, 512))
 
 
 class Folder(SegmentationData):
-    """RGB images, and PNG masks of class indices under the same names.
+    """Images, and PNG masks of class indices under the same names.
 
     Splits are sub-folders::
 
@@ -37,6 +37,7 @@ class Folder(SegmentationData):
         eval_batch_size: Of validation and test, per device; more than 1 needs images of one size.
         num_workers: Processes that read and augment; 0 does it in the main one.
         augment: Of training samples; none gives them as they are.
+        reader: How image files are read; 8-bit RGB pictures by default, and nothing else.
 
     Raises:
         ValueError: No root, no class names; later: no image in a split, an image without its mask.
@@ -55,6 +56,7 @@ class Folder(SegmentationData):
         eval_batch_size: int = 1,
         num_workers: int = 2,
         augment: Augment | None = AUGMENT,
+        reader: Reader = RGB,
     ) -> None:
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
@@ -68,6 +70,7 @@ class Folder(SegmentationData):
             eval_batch_size=eval_batch_size,
             num_workers=num_workers,
             augment=augment,
+            reader=reader,
         )
         self.images, self.masks = self.root / images, self.root / masks
 
@@ -79,7 +82,7 @@ class Folder(SegmentationData):
         pairs = self._listed(place) if by_list else self._found(place, self.masks / place.name)
         if not pairs:
             raise ValueError(f"the {split} split is empty: {place} names no image; add some")
-        return FileDataset(pairs, self.classes)
+        return FileDataset(pairs, self.classes, reader=self.reader)
 
     def _found(self, images: Path, masks: Path) -> list[FilePair]:
         """Every image below a folder, each with the mask at the same place below the other."""
@@ -89,7 +92,7 @@ class Folder(SegmentationData):
             )
         pairs: dict[str, FilePair] = {}
         for file in sorted(images.rglob("*")):
-            if file.suffix.lower() not in SUFFIXES or file.name.startswith("."):
+            if file.suffix.lower() not in self.reader.suffixes or file.name.startswith("."):
                 continue
             stem = file.relative_to(images).with_suffix("")
             name = stem.as_posix()
