@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import inspect
 import re
@@ -10,7 +11,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch.distributed
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_atrous.registry import close_matches, subclass_names
@@ -45,16 +46,8 @@ class Complaint(Exception):
         """
         if isinstance(error, Complaint):
             return error
-        if isinstance(error, MisconfigurationException):
-            return cls(" ".join(str(error).split()), exit_code=exit_code)
-        if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
-            return cls(
-                "another process of this run has ended, and so does this one; what it said stands above, and "
-                "--ckpt_path last goes on from the last checkpoint",
-                exit_code=1,
-            )
-        if match := re.search(r"Requirement '.*' not met.*", str(error)):  # Lightning's words, perhaps within others
-            return cls(match[0], exit_code=exit_code)
+        if sentence := _foreign(error):
+            return cls(sentence, exit_code=exit_code)
         if isinstance(error, ValueError):
             # a loader's worker sends its traceback as text
             if match := re.search(r"in DataLoader worker process.*^ValueError: (.*)", str(error), re.S | re.M):
@@ -64,6 +57,40 @@ class Complaint(Exception):
                 return cls(str(error), exit_code=exit_code)
         wrapped = error.__cause__ or error.__context__
         return None if wrapped is None else cls.of(wrapped, exit_code=exit_code)
+
+
+def _foreign(error: BaseException) -> str | None:
+    """What to say of errors that libraries raise and that the user can mend, or None."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MisconfigurationException):
+        return text
+    if isinstance(error, OSError) and error.errno in _PLACES:
+        where = f"{error.filename} cannot be written" if error.filename else "a file of the run cannot be written"
+        return f"{where} ({error.strerror}); make room, or give --run_dir a place that can be written"
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device has no memory left; give a smaller --data.batch_size, or smaller crops"
+    named = f"{type(error).__module__}.{type(error).__name__}: {text}"
+    for pattern, sentence in _FOREIGN.items():
+        if match := re.search(pattern, named):
+            return sentence.format(*match.groups())
+    return None
+
+
+_PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EEXIST)
+
+_FOREIGN = {
+    r"gloo/transport|\bDist\w*Error": (
+        "another process of this run has ended, and so does this one; what it said stands above, and --ckpt_path last "
+        "goes on from the last checkpoint"
+    ),
+    r"find_unused_parameters": (
+        "some of the backbone's weights take no part in the loss, which DDP has to be told; give --trainer.strategy "
+        "ddp_find_unused_parameters_true"
+    ),
+    r"^wandb\.errors[^ ]*: (.*)": "Weights & Biases: {0}; set WANDB_MODE=offline to record the run here",
+    r"(Requirement '.*' not met.*)": "{0}",  # Lightning's words, perhaps within others
+}
+"""What stands in an error of a library, its class included, and the sentence for it."""
 
 
 def clarify(message: str, parser: argparse.ArgumentParser, classes: Mapping[str, type]) -> str:

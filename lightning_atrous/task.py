@@ -174,7 +174,14 @@ class SegmentationTask(L.LightningModule):
         """
         checkpoint = read_checkpoint(checkpoint_path)
         task = cls.from_spec(checkpoint[SPEC_KEY], trust=trust)
-        task.load_state_dict(checkpoint["state_dict"], strict=True)
+        try:
+            task.load_state_dict(checkpoint["state_dict"], strict=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).partition(":")[2].split())[:200]
+            raise ValueError(
+                f"{checkpoint_path} does not hold the weights of the model that it describes ({reason}); it was "
+                f"changed after it was written, or a head of its own has changed since: take another"
+            ) from error
         return task.eval()
 
     def forward(self, image: Tensor) -> Tensor:

@@ -14,19 +14,20 @@ from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer import Trainer
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 from lightning_atrous.callbacks import FinalValidation, RunProgress, ScoreTable, WandbRun
 from lightning_atrous.complaints import Complaint, clarify
 from lightning_atrous.data import SegmentationData
-from lightning_atrous.heads import HEADS, Head
+from lightning_atrous.heads import HEADS, DeepLabV3Plus, Head
 from lightning_atrous.loggers import LOGGERS, AppendingCSVLogger, complete
-from lightning_atrous.losses import Loss
+from lightning_atrous.losses import CrossEntropy, Loss
 from lightning_atrous.names import Slots, translate_arguments, translate_yaml
 from lightning_atrous.optim import SGD_RECIPE
 from lightning_atrous.plugins import SyncBatchNorm, WholeCheckpointIO
 from lightning_atrous.runs import CHECKPOINTS, find_checkpoint, fresh_directory
 from lightning_atrous.spec import describe
+from lightning_atrous.switches import reset_replaced
 from lightning_atrous.task import SPEC_KEY, SegmentationTask, read_checkpoint
 
 __all__ = ["TrainingCLI"]
@@ -38,6 +39,12 @@ SLOTS: Slots = {
 }
 
 CLASSES = {"data": SegmentationData, "model.loss": Loss, "model.optimizer": Optimizer}
+
+REPLACED = {"model.head": Head, "model.aux_head": Head, "model.loss": Loss, "model.optimizer": Optimizer}
+"""Where options mean one class's own thing, and do not outlive it. Those of the data mean the same to all sources."""
+
+STANDING = {"model.head": DeepLabV3Plus, "model.loss": CrossEntropy, "model.optimizer": SGD}
+"""The classes that a task takes by default."""
 
 
 class Parser(LightningArgumentParser):
@@ -151,7 +158,7 @@ class TrainingCLI(LightningCLI):
                 arguments = _lay_beneath(arguments, self.checkpoint, path)
         except ValueError as error:
             raise Complaint(str(error), exit_code=2) from error
-        self.config = parser.parse_args(arguments)
+        self.config = parser.parse_args([*arguments, *reset_replaced(arguments, REPLACED, STANDING, SLOTS)])
 
     def before_instantiate_classes(self) -> None:
         """Choose the run's directory, and the logger that writes there where none is given."""
@@ -221,6 +228,10 @@ class TrainingCLI(LightningCLI):
                 exit_code=2,
             )
         if self.subcommand == "fit":
+            if trainer.max_epochs == trainer.max_steps == -1:
+                raise Complaint(
+                    "a training needs an end; give --trainer.max_epochs or --trainer.max_steps", exit_code=2
+                )
             self.datamodule.share_of(trainer.world_size)
         return trainer
 

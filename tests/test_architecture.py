@@ -23,7 +23,7 @@ LAYERS = [
         "images",
         "selection",
     },
-    {"dilation.proof", "dilation.rewrite"},
+    {"dilation.proof", "dilation.rewrite", "switches"},
     {"dilation.probe"},
     {"dilation.network"},
     {"backbone", "context", "losses", "metrics", "optim", "complaints", "data.base"},

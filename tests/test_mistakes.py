@@ -1,12 +1,26 @@
-"""What people mistype: exit code 2, one sentence, the close matches, no traceback."""
+"""What people get wrong: one sentence, what it is about, what to do; exit code 2 for what was typed, 1 for data."""
 
 from __future__ import annotations
 
+import os
+import resource
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
+import torch
+import yaml
+from conftest import TINY
+from made import make_cityscapes
+from PIL import Image
 
+import lightning_atrous
+from lightning_atrous import ClassInfo, SegmentationTask, TimmBackbone
 from lightning_atrous.cli import main
+from lightning_atrous.heads import FCN
+from lightning_atrous.task import SPEC_KEY, read_checkpoint
 
 FIT = ("fit", "--config", "tiny.yaml")
 
@@ -102,21 +116,387 @@ MISTYPED = {
 }
 
 
-@pytest.mark.parametrize("case", sorted(MISTYPED))
-def test_a_mistake_is_one_sentence(case: str, workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# --- data, checkpoints, places
+
+DATA = ("fit", "--config", "data.yaml")
+CITY = (*DATA, "--data", "Cityscapes", "--data.root", "city")
+DDP = ("--trainer.accelerator", "cpu", "--trainer.strategy", "ddp", "--trainer.devices")
+PREDICT = ("predict", "good.ckpt", "good/images")
+
+
+def keep(here: Path) -> None:
+    """Nothing to spoil."""
+
+
+def make_folder(here: Path) -> None:
+    """``good/``: four images and their masks to train on, two to validate; three classes and some void."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 4), ("val", 2)):
+        for i in range(count):
+            image, mask = here / f"good/images/{split}/{i}.png", here / f"good/masks/{split}/{i}.png"
+            image.parent.mkdir(parents=True, exist_ok=True)
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)).save(image)
+            Image.fromarray(rng.choice(np.array([0, 1, 2, 255], np.uint8), (40, 50))).save(mask)
+    (here / "good/classes.txt").write_text("one\ntwo\nthree\n")
+
+
+def image(mode: str, **options: Any) -> Callable[[Path], None]:
+    """The first training image in another mode."""
+
+    def spoil(here: Path) -> None:
+        pixels = np.arange(40 * 50, dtype=np.uint16).reshape(40, 50) * 30
+        picture = Image.fromarray(pixels) if mode == "I;16" else Image.new(mode, (50, 40))
+        picture.save(here / "good/images/train/0.png", **options)
+
+    return spoil
+
+
+def mask(change: Callable[[np.ndarray], np.ndarray], name: str = "good/masks/train/0.png") -> Callable[[Path], None]:
+    """The first training mask, changed."""
+
+    def spoil(here: Path) -> None:
+        path = here / name
+        Image.fromarray(change(np.array(Image.open(path)))).save(path)
+
+    return spoil
+
+
+def cut(name: str, size: int = 300) -> Callable[[Path], None]:
+    """A file, of which the rest is missing."""
+
+    def spoil(here: Path) -> None:
+        (here / name).write_bytes((here / name).read_bytes()[:size])
+
+    return spoil
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return both(lambda here: (here / name).write_text(text))
+
+
+def remove(pattern: str) -> Callable[[Path], None]:
+    def spoil(here: Path) -> None:
+        for path in sorted(here.glob(pattern)):
+            path.unlink()
+
+    return spoil
+
+
+def city(change: Callable[[np.ndarray], np.ndarray] | None = None, *, kind: str, other: str) -> Callable[[Path], None]:
+    """A small Cityscapes whose masks of one kind hold what another kind should."""
+
+    def spoil(here: Path) -> None:
+        make_cityscapes(here / "city", kinds=[other])
+        for path in sorted((here / "city/gtFine").rglob(f"*_{other}.png")):
+            path.rename(path.with_name(path.name.replace(other, kind)))
+
+    return spoil
+
+
+def checkpoint(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """``other.ckpt``: the good one, changed."""
+
+    def spoil(here: Path) -> None:
+        content = torch.load(here / "good.ckpt")
+        change(content)
+        torch.save(content, here / "other.ckpt")
+
+    return spoil
+
+
+def both(*spoils: Callable[[Path], object]) -> Callable[[Path], None]:
+    def spoil(here: Path) -> None:
+        for each in spoils:
+            each(here)
+
+    return spoil
+
+
+def to_rgb(labels: np.ndarray) -> np.ndarray:
+    return np.stack([labels] * 3, axis=-1)
+
+
+class Mistake(NamedTuple):
+    """What is spoilt, what is typed, what is said, and how it ends."""
+
+    spoil: Callable[[Path], None]
+    arguments: tuple[str, ...]
+    says: str
+    code: int = 1
+
+
+# a folder in which nobody may write: root may in any but those of the kernel
+LOCKED = "/sys/atrous" if os.geteuid() == 0 else "locked/run"
+
+MISTAKES = {
+    "missing root": Mistake(keep, (*DATA, "--data.root", "nowhere"), "there is no folder nowhere; pass as root", 2),
+    "no class names": Mistake(remove("good/classes.txt"), DATA, "nor a file good/classes.txt; give one name a line", 2),
+    "negative crop": Mistake(
+        keep, (*DATA, "--data.augment.crop", "[-5, 32]"), "crop must be a height and a width of at least 2", 2
+    ),
+    "crop of a word": Mistake(keep, (*DATA, "--data.augment.crop", "big"), "data.augment.crop: expected", 2),
+    "empty split": Mistake(
+        both(remove("good/images/val/*"), remove("good/masks/val/*")),
+        DATA,
+        "the val split is empty: good/images/val names no image; add some",
+    ),
+    "image without mask": Mistake(
+        remove("good/masks/train/2.png"), DATA, "image good/images/train/2.png has no mask good/masks/train/2.png"
+    ),
+    "mask of another size": Mistake(
+        mask(lambda labels: labels[:-3]),
+        DATA,
+        "mask good/masks/train/0.png is 50×37 pixels but its image is 50×40; make them the same size",
+    ),
+    "truncated image": Mistake(
+        cut("good/images/train/0.png"), DATA, "good/images/train/0.png cannot be decoded (image file is truncated"
+    ),
+    "truncated mask": Mistake(cut("good/masks/val/1.png", 90), DATA, "good/masks/val/1.png cannot be decoded"),
+    "empty image": Mistake(cut("good/images/val/1.png", 0), DATA, "good/images/val/1.png cannot be decoded"),
+    "label out of range": Mistake(
+        mask(lambda labels: np.where(labels == 1, 7, labels).astype(np.uint8)),
+        DATA,
+        "mask good/masks/train/0.png has labels 7, expected 0..2 or the ignore index 255",
+    ),
+    "labels from one": Mistake(
+        mask(lambda labels: np.where(labels == 255, 255, labels + 1).astype(np.uint8)),
+        DATA,
+        "has labels 3, expected 0..2 or the ignore index 255; labels seem to count from 1; subtract 1",
+    ),
+    "RGB mask": Mistake(
+        mask(to_rgb),
+        DATA,
+        "good/masks/train/0.png is a mask of mode RGB, expected class indices in one grey or palette",
+    ),
+    "labelIds under the name of trainIds": Mistake(
+        city(kind="labelTrainIds", other="labelIds"), CITY, "it holds labelIds in spite of its name; rename it"
+    ),
+    "trainIds under the name of labelIds": Mistake(
+        city(kind="labelIds", other="labelTrainIds"), CITY, "it holds trainIds in spite of its name; rename it"
+    ),
+    "trainIds as classes of one's own": Mistake(
+        city(kind="labelIds", other="labelIds"),
+        (*CITY, "--data.root", "city/leftImg8bit"),
+        "has it, pass that as root",
+        2,
+    ),
+    "Cityscapes without labels": Mistake(
+        both(lambda here: make_cityscapes(here / "city"), remove("city/gtFine/val/*/*")),
+        CITY,
+        "has no mask city/gtFine/val/frankfurt/frankfurt_000000_000019_gtFine_labelIds.png",
+    ),
+    "list of unknown images": Mistake(
+        write("good/train.txt", "train/0\ntrain/no\n"), DATA, "good/train.txt names 1 image that good/images lacks"
+    ),
+    "two images for one mask": Mistake(
+        lambda here: Image.new("RGB", (50, 40)).save(here / "good/images/train/0.jpg"),
+        DATA,
+        "good/images/train/0.jpg and good/images/train/0.png would share one mask; rename or remove one",
+    ),
+    "CamVid's list": Mistake(
+        write("good/train.txt", "one two three\n"),
+        (*DATA, "--data", "CamVid", "--data.root", "good"),
+        "good/train.txt has the line 'one two three', expected the paths of an image and a mask",
+    ),
+    "sizes that make no batch": Mistake(
+        lambda here: image_of_size(here, 30),
+        (*DATA, "--data.eval_batch_size", "2"),
+        "images of different sizes make no batch, got (H, W) (30, 50), (40, 50); set",
+    ),
+    "grey image": Mistake(image("L"), DATA, "0.png is a picture of mode L, expected RGB of 8 bits; set reader.mode"),
+    "image with alpha": Mistake(
+        image("RGBA"), DATA, "mode RGBA, expected RGB of 8 bits; set reader.mode (--reader) to"
+    ),
+    "palette image": Mistake(image("P"), DATA, "mode P, expected RGB of 8 bits; set reader.mode (--reader) to convert"),
+    "16-bit image": Mistake(
+        image("I;16"), DATA, "mode I;16, expected RGB of 8 bits; set reader.mode (--reader) to grey"
+    ),
+    "channels": Mistake(
+        keep,
+        (*DATA, "--data.reader.mode", "grey"),
+        "set model.backbone.in_channels: 1, or another data.reader",
+        2,
+    ),
+    "reader": Mistake(keep, (*DATA, "--data.reader.mode", "gray"), "data.reader.mode: expected", 2),
+    "array without channels": Mistake(
+        keep, (*DATA, "--data.reader.mode", "array"), "reader mode array needs the number of channels", 2
+    ),
+    "config that is no YAML": Mistake(write("bad.yaml", "a: [1\nb: 2"), ("fit", "--config", "bad.yaml"), "bad.yaml", 2),
+    "config that is a folder": Mistake(keep, ("fit", "--config", "good"), "good", 2),
+    "weights of another network": Mistake(
+        lambda here: torch.save({"fc.weight": torch.zeros(3, 3)}, here / "other.pth"),
+        (*DATA, "--model.backbone.pretrained", "other.pth"),
+        "other.pth does not fit test_resnet",
+        2,
+    ),
+    "more devices than there are": Mistake(
+        keep, (*DATA, "--trainer.accelerator", "gpu", "--trainer.devices", "64"), "", 2
+    ),
+    "batch that devices cannot share": Mistake(
+        keep, (*DATA, *DDP, "2", "--data.batch_size", "3"), "data.batch_size 3 is shared by 2 processes", 2
+    ),
+    "batch norm over CPUs": Mistake(
+        keep, (*DATA, *DDP, "2", "--trainer.sync_batchnorm", "true"), "give --trainer.sync_batchnorm false", 2
+    ),
+    "no end": Mistake(
+        keep, (*DATA, "--trainer.max_epochs", "-1"), "a training needs an end; give --trainer.max_epochs or", 2
+    ),
+    "checkpoint of another head": Mistake(
+        keep,
+        (*DATA, "--ckpt_path", "good.ckpt", "--model.head", "deeplabv3"),
+        "the checkpoint's head is lightning_atrous.heads.fcn.FCN, but this run builds lightning_atrous.heads.deeplabv3",
+        2,
+    ),
+    "checkpoint of another backbone": Mistake(
+        keep,
+        (*DATA, "--ckpt_path", "good.ckpt", "--model.backbone.name", "resnet18"),
+        "the checkpoint's backbone is test_resnet, but this run builds resnet18",
+        2,
+    ),
+    "checkpoint of another class count": Mistake(
+        write("good/classes.txt", "one\ntwo\nthree\nfour\n"),
+        ("validate", "--config", "data.yaml", "--ckpt_path", "good.ckpt"),
+        "the checkpoint was trained on the classes one, two, three, but the data has one, two, three, four",
+        2,
+    ),
+    "truncated checkpoint": Mistake(
+        cut("good.ckpt", 5000), (*DATA, "--ckpt_path", "good.ckpt"), "good.ckpt cannot be read as a checkpoint", 2
+    ),
+    "checkpoint of somebody else": Mistake(
+        lambda here: torch.save({"state_dict": {}}, here / "other.ckpt"),
+        (*DATA, "--ckpt_path", "other.ckpt"),
+        "other.ckpt was not written by lightning-atrous",
+        2,
+    ),
+    "checkpoint that asks for a class": Mistake(
+        checkpoint(lambda content: content[SPEC_KEY]["head"].update(class_path="os.system")),
+        ("predict", "other.ckpt", "good/images"),
+        "the checkpoint asks for os.system, which no installed package registers",
+        2,
+    ),
+    "checkpoint that asks for a class, to train": Mistake(
+        checkpoint(lambda content: content[SPEC_KEY]["head"].update(class_path="os.system")),
+        (*DATA[:1], "--data", "Folder", "--data.root", "good", "--ckpt_path", "other.ckpt"),
+        "os.system",
+        2,
+    ),
+    "weights that do not fit their description": Mistake(
+        checkpoint(lambda content: content["state_dict"].popitem()),
+        ("predict", "other.ckpt", "good/images"),
+        "other.ckpt does not hold the weights of the model that it describes",
+        2,
+    ),
+    "folder without permission": Mistake(
+        lambda here: (here / "locked").mkdir(mode=0o500), (*DATA, "--run_dir", LOCKED), f"{LOCKED}"
+    ),
+    "file in the place of a run": Mistake(keep, (*DATA, "--run_dir", "tiny.yaml/run"), "tiny.yaml"),
+    "nothing to predict": Mistake(keep, ("predict", "good.ckpt", "no*.png"), "there is no image in 'no*.png'", 2),
+    "one image of many": Mistake(cut("good/images/val/1.png"), PREDICT, "1 of 6 images could not be predicted"),
+    "output that is a file": Mistake(
+        keep, (*PREDICT, "--output", "tiny.yaml"), "tiny.yaml is a file, expected a folder", 2
+    ),
+    "output without permission": Mistake(
+        lambda here: (here / "locked").mkdir(mode=0o500), (*PREDICT, "--output", LOCKED), "cannot be written"
+    ),
+    "device": Mistake(keep, (*PREDICT, "--device", "gpu:7"), "the device gpu:7 cannot be used", 2),
+}
+
+
+def image_of_size(here: Path, height: int) -> None:
+    Image.new("RGB", (50, height)).save(here / "good/images/val/1.png")
+    Image.new("L", (50, height)).save(here / "good/masks/val/1.png")
+
+
+@pytest.fixture(scope="module")
+def good_checkpoint() -> dict[str, Any]:
+    """What a run of the model in ``data.yaml`` would have saved before its first step."""
+    classes = ClassInfo(("one", "two", "three"))
+    task = SegmentationTask(TimmBackbone("test_resnet", output_stride=16, pretrained=False), FCN, classes=classes)
+    content = {"state_dict": task.state_dict(), "epoch": 0, "global_step": 0, "callbacks": {}, "loops": {}}
+    return {**content, "pytorch-lightning_version": "2.5.5", SPEC_KEY: task.spec}
+
+
+@pytest.fixture
+def here(workdir: Path, good_checkpoint: dict[str, Any]) -> Path:
+    """Good data, a good checkpoint, good configs."""
+    make_folder(workdir)
+    torch.save(good_checkpoint, workdir / "good.ckpt")
+    config = yaml.safe_load(TINY)
+    config["trainer"] |= {"max_epochs": 1, "accelerator": "cpu"}
+    config["model"]["head"] = "fcn"
+    augment = {"crop": [32, 32], "flip": 0.0}
+    options = {"root": "good", "batch_size": 2, "num_workers": 0, "augment": augment}
+    config["data"] = {"class_path": "Folder", "init_args": options}
+    (workdir / "data.yaml").write_text(yaml.safe_dump(config))
     (workdir / "key.yaml").write_text("modle: {head: fcn}\n")
     (workdir / "option.yaml").write_text("model: {backbone: {name: resnet18, output_strid: 8}}\ndata: Shapes\n")
     (workdir / "head.yaml").write_text("model: {backbone: {name: resnet18}, head: {class_path: fcm}}\ndata: Shapes\n")
-    arguments, says = MISTYPED[case]
-    before = sorted(workdir.rglob("*"))
+    return workdir
+
+
+@pytest.mark.parametrize("case", sorted({**MISTYPED, **MISTAKES}))
+@pytest.mark.filterwarnings("default")  # Lightning's, of small data
+def test_a_mistake_is_one_sentence(case: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, arguments, says, code = MISTAKES.get(case) or Mistake(keep, *MISTYPED[case], 2)
+    spoil(here)
+    before = sorted(here.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     error = capsys.readouterr().err
-    assert stop.value.code == 2, error
+    assert stop.value.code == code, error
     assert says in error
     assert "Traceback" not in error
     assert "Namespace(" not in error
     sentence = [line for line in error.splitlines() if "error: " in line]
     assert len(sentence) == 1, error
     assert len(sentence[0]) < 700
-    assert sorted(workdir.rglob("*")) == before
+    if code == 2:
+        assert sorted(here.rglob("*")) == before
+    no_half_files(here)
+
+
+def no_half_files(here: Path) -> None:
+    """Every checkpoint and every picture that a run has left is whole."""
+    for path in (here / "runs").rglob("*.ckpt"):
+        lightning_atrous.load(path)
+    for path in (here / "predictions").rglob("*"):
+        assert path.is_dir() or path.suffix == ".png"
+        if path.is_file():
+            Image.open(path).load()
+
+
+def test_there_are_fifty() -> None:
+    assert len(MISTYPED) + len(MISTAKES) >= 50
+    assert not set(MISTYPED) & set(MISTAKES)
+
+
+def test_what_is_spoilt_was_good(here: Path) -> None:
+    """Else the cases above would prove nothing."""
+    main([*DATA, "--trainer.log_every_n_steps", "1"])
+    main(["validate", "--config", "data.yaml", "--ckpt_path", "good.ckpt"])
+    main(PREDICT)
+    make_cityscapes(here / "city")
+    main([*CITY, "--run_dir", "runs/city", "--trainer.log_every_n_steps", "1"])
+    no_half_files(here)
+
+
+@pytest.mark.parametrize("limit", [20_000, 200_000], ids=["before the first checkpoint", "in it"])
+@pytest.mark.filterwarnings("default")
+def test_a_full_disk_is_one_sentence(limit: int, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No file may grow beyond a limit: the checkpoint of the run so far stays as good as it was."""
+    main([*DATA, "--trainer.max_epochs", "1"])
+    capsys.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(SystemExit) as stop:
+            main([*DATA, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    error = capsys.readouterr().err
+    assert stop.value.code == 1
+    assert "cannot be written (File too large); make room" in error
+    assert "Traceback" not in error
+    assert read_checkpoint("runs/data/checkpoints/last.ckpt")["epoch"] == 0
+    no_half_files(here)

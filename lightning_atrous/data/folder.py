@@ -23,8 +23,8 @@ class Folder(SegmentationData):
         root/images/val/…         root/masks/val/…
 
     or, where ``root/train.txt`` stands, lists: ``train.txt``, ``val.txt`` and maybe ``test.txt``, each
-    line a name under ``images`` with or without its suffix. Both may have folders inside. Without a test
-    split, testing uses the validation split.
+    line a name under ``images`` with or without its suffix (or, with it, a path in the root). Both may have
+    folders inside. Without a test split, testing uses the validation split.
 
     Args:
         root: The folder.
@@ -109,11 +109,12 @@ class Folder(SegmentationData):
         by_name: dict[str, FilePair] = {}
         for pair in self._found(self.images, self.masks):
             by_name[pair.name] = by_name[pair.image.relative_to(self.images).as_posix()] = pair
+            by_name[pair.image.relative_to(self.root).as_posix()] = pair
         unknown = [line for line in lines if line not in by_name]
         if unknown:
             raise ValueError(
-                f"{path} names {len(unknown)} images that {self.images} lacks, such as '{unknown[0]}'; "
-                "names are relative to that folder, with or without the suffix"
+                f"{path} names {len(unknown)} image{'s' * (len(unknown) > 1)} that {self.images} lacks, such as "
+                f"'{unknown[0]}'; names are relative to that folder, with or without the suffix"
             )
         return [by_name[line] for line in lines]
 
