@@ -62,8 +62,6 @@ class Complaint(Exception):
 def _foreign(error: BaseException) -> str | None:
     """What to say of errors that libraries raise and that the user can mend, or None."""
     text = " ".join(str(error).split())
-    if isinstance(error, MisconfigurationException):
-        return text
     if isinstance(error, OSError) and error.errno in _PLACES:
         where = f"{error.filename} cannot be written" if error.filename else "a file of the run cannot be written"
         return f"{where} ({error.strerror}); make room, or give --run_dir a place that can be written"
@@ -73,12 +71,18 @@ def _foreign(error: BaseException) -> str | None:
     for pattern, sentence in _FOREIGN.items():
         if match := re.search(pattern, named):
             return sentence.format(*match.groups())
-    return None
+    return text if isinstance(error, MisconfigurationException) else None
 
 
 _PLACES = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR, errno.EEXIST)
 
 _FOREIGN = {
+    r"No supported gpu backend found": (
+        "trainer.accelerator gpu was asked for, but torch finds no GPU on this machine; give --trainer.accelerator auto"
+    ),
+    r"You requested gpu: (\[.*?\]) But your machine only has: (\[.*?\])": (
+        "the GPUs {0} were asked for, but this machine has only {1}; give --trainer.devices auto, or as many as it has"
+    ),
     r"gloo/transport|\bDist\w*Error": (
         "another process of this run has ended, and so does this one; what it said stands above, and --ckpt_path last "
         "goes on from the last checkpoint"
@@ -88,7 +92,7 @@ _FOREIGN = {
         "ddp_find_unused_parameters_true"
     ),
     r"^wandb\.errors[^ ]*: (.*)": "Weights & Biases: {0}; set WANDB_MODE=offline to record the run here",
-    r"(Requirement '.*' not met.*)": "{0}",  # Lightning's words, perhaps within others
+    r"(Requirement '[^']*' not met\.(?: HINT: [^`]*`[^`]*`)?)": "{0}",  # Lightning's words, perhaps within others
 }
 """What stands in an error of a library, its class included, and the sentence for it."""
 

@@ -181,6 +181,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--alpha", type=_share, default=0.5, help="share of the colours in the overlay, in 0..1; %(default)s by default"
     )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="CLASS",
+        help="import path of a class that the checkpoint may use",
+    )
     return parser
 
 
@@ -196,7 +203,7 @@ def _share(text: str) -> float:
 
 def _task(options: argparse.Namespace) -> SegmentationTask:
     """The checkpoint's task, at the stride and on the device that were asked for."""
-    task = SegmentationTask.load_from_checkpoint(options.checkpoint)
+    task = SegmentationTask.load_from_checkpoint(options.checkpoint, trust=options.trust)
     if options.output_stride is not None:
         task.model.output_stride = options.output_stride
     device: str | torch.device = options.device
@@ -205,7 +212,7 @@ def _task(options: argparse.Namespace) -> SegmentationTask:
     try:
         return task.to(device)
     except (RuntimeError, AssertionError) as error:  # unknown, not there, or not compiled into torch
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].partition(":")[0]
         raise ValueError(f"the device {device} cannot be used ({reason}); give --device auto or cpu") from error
 
 

@@ -78,7 +78,7 @@ def build(spec: Spec, *, registry: Registry[Any] | None = None, trust: Collectio
     if not class_path.startswith(_OWN) and class_path not in trust:
         raise ValueError(
             f"the checkpoint asks for {class_path}, which no installed package registers; install the package that "
-            f"brings it, or vouch for it: trust=['{class_path}']"
+            f"brings it, or vouch for it: trust=['{class_path}'], or predict --trust {class_path}"
         )
     module, _, name = class_path.rpartition(".")
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import yaml
 
 from lightning_atrous.names import Slots, translate_yaml
 
-__all__ = ["reset_replaced"]
+__all__ = ["class_paths", "reset_replaced"]
 
 
 def reset_replaced(
@@ -30,6 +31,9 @@ def reset_replaced(
         bases: For each option that takes a class, by its dotted key, what all of them extend.
         defaults: The class that stands there before anything is given.
         slots: Those of the options that take registered names.
+
+    Raises:
+        ValueError: A config that is no YAML, or a name in one that nobody has registered.
     """
     events = [event for argument in _pairs(arguments) for event in _events(*argument, bases, slots)]
     added: list[str] = []
@@ -47,6 +51,12 @@ def reset_replaced(
             if option in before - given and default is not inspect.Parameter.empty:
                 added.append(f"--{key}.{option}={json.dumps(default)}")
     return added
+
+
+def class_paths(arguments: Sequence[str]) -> set[str]:
+    """Every dotted path that the arguments, and the configs among them, spell out."""
+    texts = [*arguments, *(_text(value) for option, value in _pairs(arguments) if option == "config")]
+    return {path for text in texts for path in re.findall(r"[A-Za-z_]\w*(?:\.\w+)+", text)}
 
 
 Event = tuple[str, str | None, set[str]]
@@ -67,11 +77,7 @@ def _pairs(arguments: Sequence[str]) -> list[tuple[str, str]]:
 
 def _events(option: str, value: str, bases: Mapping[str, type], slots: Slots) -> list[Event]:
     if option == "config":
-        text = Path(value).read_text(encoding="utf-8") if Path(value[:255]).is_file() else value
-        try:
-            config = yaml.safe_load(translate_yaml(text, slots))
-        except yaml.YAMLError:
-            return []
+        config = yaml.safe_load(translate_yaml(_text(value), slots))
         return [event for key in bases for event in _said(key, _at(config, key.split(".")))]
     for key in bases:
         if option in (key, f"{key}.class_path"):
@@ -80,6 +86,16 @@ def _events(option: str, value: str, bases: Mapping[str, type], slots: Slots) ->
             name = option.removeprefix(f"{key}.").removeprefix("init_args.").partition(".")[0]
             return [(key, None, {name})]
     return []
+
+
+def _text(config: str) -> str:
+    """The YAML that a ``--config`` means."""
+    try:
+        text = Path(config).read_text(encoding="utf-8") if Path(config[:255]).is_file() else config
+        yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {config[:255]} is no YAML ({' '.join(str(error).split())}); correct it") from error
+    return text
 
 
 def _said(key: str, value: object) -> list[Event]:

@@ -27,7 +27,7 @@ from lightning_atrous.optim import POLY, SGD_RECIPE, OptimizerFactory, Poly, bui
 from lightning_atrous.spec import build, describe
 from lightning_atrous.types import ClassInfo, Preprocess
 
-__all__ = ["Batch", "SegmentationTask", "read_checkpoint"]
+__all__ = ["Batch", "SegmentationTask", "check_classes", "read_checkpoint"]
 
 SPEC_KEY = "lightning_atrous"
 """Where in a checkpoint the description stands from which the task is built again."""
@@ -144,12 +144,7 @@ class SegmentationTask(L.LightningModule):
         Raises:
             ValueError: A class that may not or cannot be imported.
         """
-        spec = dict(spec)
-        factories = {
-            name: value and build(value, registry=HEADS, trust=trust)
-            for name, value in spec.items()
-            if name in ("head", "aux_head", "loss", "optimizer")
-        }
+        spec, factories = dict(spec), check_classes(spec, trust=trust)
         return cls(
             TimmBackbone(**spec.pop("backbone")),
             classes=ClassInfo(**spec.pop("classes")),
@@ -338,6 +333,22 @@ class SegmentationTask(L.LightningModule):
                 f"the checkpoint was trained on images read with {reader}, but the data is read with {self.reader}; "
                 f"give the same data.reader"
             )
+
+
+def check_classes(spec: dict[str, Any], *, trust: Collection[str] = ()) -> dict[str, Any]:
+    """The factories that a task's description names: its heads, loss and optimiser.
+
+    Args:
+        spec: As from `SegmentationTask.spec`.
+        trust: Class paths from outside the package and its plug-ins that may be imported.
+
+    Raises:
+        ValueError: A class that may not or cannot be imported.
+    """
+    return {
+        name: spec[name] and build(spec[name], registry=HEADS, trust=trust)
+        for name in ("head", "aux_head", "loss", "optimizer")
+    }
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -27,8 +27,8 @@ from lightning_atrous.optim import SGD_RECIPE
 from lightning_atrous.plugins import SyncBatchNorm, WholeCheckpointIO
 from lightning_atrous.runs import CHECKPOINTS, find_checkpoint, fresh_directory
 from lightning_atrous.spec import describe
-from lightning_atrous.switches import reset_replaced
-from lightning_atrous.task import SPEC_KEY, SegmentationTask, read_checkpoint
+from lightning_atrous.switches import class_paths, reset_replaced
+from lightning_atrous.task import SPEC_KEY, SegmentationTask, check_classes, read_checkpoint
 
 __all__ = ["TrainingCLI"]
 
@@ -155,10 +155,13 @@ class TrainingCLI(LightningCLI):
                 self.first_step = content["global_step"]
                 self.wandb_id = content["callbacks"].get(WandbRun().state_key, {}).get("id")
                 self.checkpoint = content[SPEC_KEY]
+                # before the parser imports them; what the user's own configs name is the user's word for it
+                check_classes(self.checkpoint, trust=class_paths(arguments))
                 arguments = _lay_beneath(arguments, self.checkpoint, path)
+            arguments = [*arguments, *reset_replaced(arguments, REPLACED, STANDING, SLOTS)]
         except ValueError as error:
             raise Complaint(str(error), exit_code=2) from error
-        self.config = parser.parse_args([*arguments, *reset_replaced(arguments, REPLACED, STANDING, SLOTS)])
+        self.config = parser.parse_args(arguments)
 
     def before_instantiate_classes(self) -> None:
         """Choose the run's directory, and the logger that writes there where none is given."""

@@ -48,7 +48,7 @@ def test_the_readme_has_commands() -> None:
 @pytest.mark.parametrize("line", sorted(set(COMMANDS)))
 def test_readme_command_parses(line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(ROOT)
-    arguments = shlex.split(line)[1:]
+    arguments = shlex.split(line, comments=True)[1:]
     if "--ckpt_path" in arguments:  # of a run that is not there in a test
         at = arguments.index("--ckpt_path")
         assert arguments[at + 1] in ("last", "best")

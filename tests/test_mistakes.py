@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
+import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,9 +20,7 @@ from made import make_cityscapes
 from PIL import Image
 
 import lightning_atrous
-from lightning_atrous import ClassInfo, SegmentationTask, TimmBackbone
 from lightning_atrous.cli import main
-from lightning_atrous.heads import FCN
 from lightning_atrous.task import SPEC_KEY, read_checkpoint
 
 FIT = ("fit", "--config", "tiny.yaml")
@@ -275,7 +276,7 @@ MISTAKES = {
     "trainIds under the name of labelIds": Mistake(
         city(kind="labelIds", other="labelTrainIds"), CITY, "it holds trainIds in spite of its name; rename it"
     ),
-    "trainIds as classes of one's own": Mistake(
+    "images in the place of the root": Mistake(
         city(kind="labelIds", other="labelIds"),
         (*CITY, "--data.root", "city/leftImg8bit"),
         "has it, pass that as root",
@@ -318,7 +319,7 @@ MISTAKES = {
         "set model.backbone.in_channels: 1, or another data.reader",
         2,
     ),
-    "reader": Mistake(keep, (*DATA, "--data.reader.mode", "gray"), "data.reader.mode: expected", 2),
+    "reader mode": Mistake(keep, (*DATA, "--data.reader.mode", "gray"), "data.reader.mode: expected", 2),
     "array without channels": Mistake(
         keep, (*DATA, "--data.reader.mode", "array"), "reader mode array needs the number of channels", 2
     ),
@@ -331,7 +332,7 @@ MISTAKES = {
         2,
     ),
     "more devices than there are": Mistake(
-        keep, (*DATA, "--trainer.accelerator", "gpu", "--trainer.devices", "64"), "", 2
+        keep, (*DATA, "--trainer.accelerator", "gpu", "--trainer.devices", "64"), "GPU", 2
     ),
     "batch that devices cannot share": Mistake(
         keep, (*DATA, *DDP, "2", "--data.batch_size", "3"), "data.batch_size 3 is shared by 2 processes", 2
@@ -409,29 +410,31 @@ def image_of_size(here: Path, height: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def good_checkpoint() -> dict[str, Any]:
-    """What a run of the model in ``data.yaml`` would have saved before its first step."""
-    classes = ClassInfo(("one", "two", "three"))
-    task = SegmentationTask(TimmBackbone("test_resnet", output_stride=16, pretrained=False), FCN, classes=classes)
-    content = {"state_dict": task.state_dict(), "epoch": 0, "global_step": 0, "callbacks": {}, "loops": {}}
-    return {**content, "pytorch-lightning_version": "2.5.5", SPEC_KEY: task.spec}
-
-
-@pytest.fixture
-def here(workdir: Path, good_checkpoint: dict[str, Any]) -> Path:
-    """Good data, a good checkpoint, good configs."""
-    make_folder(workdir)
-    torch.save(good_checkpoint, workdir / "good.ckpt")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Good data, good configs, and what a run on them has saved."""
+    here = tmp_path_factory.mktemp("good")
+    make_folder(here)
     config = yaml.safe_load(TINY)
     config["trainer"] |= {"max_epochs": 1, "accelerator": "cpu"}
     config["model"]["head"] = "fcn"
     augment = {"crop": [32, 32], "flip": 0.0}
     options = {"root": "good", "batch_size": 2, "num_workers": 0, "augment": augment}
     config["data"] = {"class_path": "Folder", "init_args": options}
-    (workdir / "data.yaml").write_text(yaml.safe_dump(config))
-    (workdir / "key.yaml").write_text("modle: {head: fcn}\n")
-    (workdir / "option.yaml").write_text("model: {backbone: {name: resnet18, output_strid: 8}}\ndata: Shapes\n")
-    (workdir / "head.yaml").write_text("model: {backbone: {name: resnet18}, head: {class_path: fcm}}\ndata: Shapes\n")
+    (here / "data.yaml").write_text(yaml.safe_dump(config))
+    (here / "key.yaml").write_text("modle: {head: fcn}\n")
+    (here / "option.yaml").write_text("model: {backbone: {name: resnet18, output_strid: 8}}\ndata: Shapes\n")
+    (here / "head.yaml").write_text("model: {backbone: {name: resnet18}, head: {class_path: fcm}}\ndata: Shapes\n")
+    with contextlib.chdir(here), warnings.catch_warnings(action="ignore"):
+        main([*DATA, "--run_dir", "run"])
+    shutil.move(here / "run/checkpoints/last.ckpt", here / "good.ckpt")
+    shutil.rmtree(here / "run")
+    return here
+
+
+@pytest.fixture
+def here(workdir: Path, trained: Path) -> Path:
+    """A copy of it, to be spoilt."""
+    shutil.copytree(trained, workdir, dirs_exist_ok=True)
     return workdir
 
 
@@ -471,6 +474,7 @@ def test_there_are_fifty() -> None:
     assert not set(MISTYPED) & set(MISTAKES)
 
 
+@pytest.mark.filterwarnings("default")
 def test_what_is_spoilt_was_good(here: Path) -> None:
     """Else the cases above would prove nothing."""
     main([*DATA, "--trainer.log_every_n_steps", "1"])
