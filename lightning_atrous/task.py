@@ -297,6 +297,12 @@ class SegmentationTask(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the description from which `load_from_checkpoint` builds the task."""
         checkpoint[SPEC_KEY] = self.spec
+        if "loops" in checkpoint:
+            # Lightning counts the step that loggers see after the validation in which this is saved: a resumed run
+            # would log the step before it twice
+            checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint[
+                "global_step"
+            ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or other classes, before its tensors are found not to fit.

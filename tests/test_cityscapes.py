@@ -249,6 +249,20 @@ def test_a_run_by_steps_is_validated_where_it_ends_and_once(
         assert [int(row["step"]) for row in csv.DictReader(file) if row.get("val/miou")] == validated
 
 
+def test_a_run_by_steps_goes_on_at_the_next_step(
+    workdir: Path, command: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    """Also from a checkpoint of a validation, where Lightning has not yet counted the step as logged."""
+    by_steps = ("--trainer.max_epochs", "-1", "--trainer.val_check_interval", "3", "--trainer.check_val_every_n_epoch")
+    command("fit", "--config", "tiny.yaml", *by_steps, "null", "--trainer.max_steps", "4")
+    command("fit", "--config", "tiny.yaml", *by_steps, "null", "--trainer.max_steps", "6", "--ckpt_path", "last")
+    with (workdir / "runs/tiny/metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows if row.get("train/loss")] == [0, 1, 2, 3, 4, 5]
+    assert [int(row["step"]) for row in rows if row.get("lr-SGD/head")] == [0, 1, 2, 3, 4, 5]
+    assert [int(row["step"]) for row in rows if row.get("val/miou")] == [2, 3, 5]
+
+
 @pytest.mark.parametrize(
     ("files", "wanted"),
     [
