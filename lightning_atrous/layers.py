@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_atrous.types import Preprocess
 
-__all__ = ["ConvNormAct", "ImagePool", "Normalize", "SeparableConv", "resize"]
+__all__ = ["ConvNormAct", "ImagePool", "Normalize", "SeparableConv", "class_map", "resize"]
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
@@ -19,6 +20,29 @@ def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+
+
+def class_map(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """The best class of every pixel once logits are raised to a size: ``(B, K, h, w)`` → int64 ``(B, *size)``.
+
+    In float32 or better, for rounding makes ties between pixels; a few classes of one image at a time, so that the
+    scores of all classes never stand in memory at full size.
+    """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    at_once = max(1, _RAISED // math.prod(size))
+    winners = []
+    for image in logits.split(1):
+        best, winner = resize(image[:, :at_once], size).max(dim=1)
+        for first in range(at_once, image.shape[1], at_once):
+            value, index = resize(image[:, first : first + at_once], size).max(dim=1)
+            winner = torch.where(value > best, index + first, winner)
+            best = torch.maximum(best, value)
+        winners.append(winner)
+    return torch.cat(winners)
+
+
+_RAISED = 2**25
+"""Scores raised to full size at one time: 128 MiB in float32, 16 classes of a 1024×2048 image."""
 
 
 class Normalize(nn.Module):

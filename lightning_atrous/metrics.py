@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_atrous.layers import resize
+from lightning_atrous.layers import class_map
 from lightning_atrous.types import ClassInfo
 
 __all__ = [
@@ -25,9 +25,6 @@ __all__ = [
     "pixel_accuracy",
     "scores",
 ]
-
-_RESIZED_ELEMENTS = 2**25
-"""Logits raised to the target's size at one time: 128 MiB in float32, 16 classes of a 1024×2048 image."""
 
 
 @torch.no_grad()
@@ -64,7 +61,7 @@ def confusion_matrix(prediction: Tensor, target: Tensor, classes: ClassInfo) -> 
         mask = mask.masked_fill(ignored, 0)
         _check_values(mask, "target", classes)
         if image_prediction.ndim == 3:
-            predicted = _argmax(image_prediction, mask.shape)
+            predicted = class_map(image_prediction[None], mask.shape)[0]
         else:
             predicted = image_prediction.long().masked_fill(ignored, 0)
             _check_values(predicted, "prediction", classes)
@@ -163,22 +160,6 @@ class SegmentationScore(Metric):
         For a single class torchmetrics squeezes the result to a scalar, as it does with every tensor of one element.
         """
         return self.confusion
-
-
-def _argmax(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits ``(K, h, w)`` → the classes ``(H, W)`` of the logits at full size, a few classes at a time."""
-    step = max(1, _RESIZED_ELEMENTS // (size[0] * size[1]))
-    best, winner = _raise(logits[:step], size).max(dim=0)
-    for first in range(step, logits.shape[0], step):
-        value, index = _raise(logits[first : first + step], size).max(dim=0)
-        winner = torch.where(value > best, index + first, winner)
-        best = torch.maximum(best, value)
-    return winner
-
-
-def _raise(logits: Tensor, size: tuple[int, int]) -> Tensor:
-    """Logits ``(K, h, w)`` → ``(K, H, W)``, half precision in float32: rounding between pixels makes ties."""
-    return resize(logits.to(torch.promote_types(logits.dtype, torch.float32))[None], size)[0]
 
 
 def _check(prediction: Tensor, target: Tensor, k: int) -> None:

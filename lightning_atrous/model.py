@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.heads import Head
-from lightning_atrous.layers import Normalize, resize
+from lightning_atrous.layers import Normalize, class_map, resize
 from lightning_atrous.types import Preprocess
 
 __all__ = ["SegmentationModel"]
@@ -87,4 +87,4 @@ class SegmentationModel(nn.Module):
     def predict(self, image: Tensor) -> Tensor:
         """Image ``(B, C, H, W)`` → the class of every pixel, int64 ``(B, H, W)``. Puts the model into eval mode."""
         self.eval()
-        return self(image).argmax(dim=1)
+        return class_map(self.logits(image), image.shape[-2:])

@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.trainer import Trainer
 from torch.optim import SGD, Optimizer
 
@@ -220,17 +221,18 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit" and config.logger is not False:
             callbacks.append(LearningRateMonitor("step"))
         trainer_config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
-        trainer_config["plugins"] = [*_listed(trainer_config["plugins"]), WholeCheckpointIO()]
-        if config.sync_batchnorm:
-            trainer_config["plugins"].append(SyncBatchNorm())
+        plugins = _listed(trainer_config["plugins"])
+        plugins += [] if any(isinstance(plugin, CheckpointIO) for plugin in plugins) else [WholeCheckpointIO()]
+        plugins += [SyncBatchNorm()] if config.sync_batchnorm else []
+        trainer_config["plugins"] = plugins
         trainer = self._instantiate_trainer(trainer_config, callbacks)
-        if config.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
-            raise Complaint(
-                "trainer.sync_batchnorm was asked for on the CPU, where torch has none; give "
-                "--trainer.sync_batchnorm false, or --trainer.devices 1",
-                exit_code=2,
-            )
         if self.subcommand == "fit":
+            if config.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+                raise Complaint(
+                    "trainer.sync_batchnorm was asked for on the CPU, where torch has none; give "
+                    "--trainer.sync_batchnorm false, or --trainer.devices 1",
+                    exit_code=2,
+                )
             if trainer.max_epochs == trainer.max_steps == -1:
                 raise Complaint(
                     "a training needs an end; give --trainer.max_epochs or --trainer.max_steps", exit_code=2

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from torch import Tensor
 
-from lightning_atrous import metrics
+from lightning_atrous import layers
 from lightning_atrous.metrics import (
     SegmentationScore,
     class_accuracy,
@@ -141,7 +141,7 @@ def test_forward_gives_the_batch_and_keeps_the_total() -> None:
 def test_logits_count_as_their_argmax_at_full_size(
     size: tuple[int, int], at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(metrics, "_RESIZED_ELEMENTS", at_once * 32 * 48)
+    monkeypatch.setattr(layers, "_RAISED", at_once * 32 * 48)
     classes = class_info(7)
     _, target = random_pair(7, (2, 32, 48))
     logits = torch.randn(2, 7, *size, generator=torch.Generator().manual_seed(0))
@@ -152,7 +152,7 @@ def test_logits_count_as_their_argmax_at_full_size(
 
 @pytest.mark.parametrize("at_once", [1, 2, 7])
 def test_of_equal_logits_the_first_class_wins(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "_RESIZED_ELEMENTS", at_once * 8 * 8)
+    monkeypatch.setattr(layers, "_RAISED", at_once * 8 * 8)
     target = torch.zeros(1, 8, 8, dtype=torch.int64)
     confusion = confusion_matrix(torch.zeros(1, 7, 2, 2), target, class_info(7))
     assert confusion[0, 0] == 64

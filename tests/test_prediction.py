@@ -13,6 +13,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 import lightning_atrous
@@ -201,6 +202,20 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
     assert written(here / "predictions/index") == ["a.png", "d.png"]
     assert "more/c.png" not in fails("m.ckpt", "more", "--reader", "convert", code=1)
     assert read(here / "predictions/overlay/c.png").shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "16"])
+def test_half_precision_is_the_networks_alone(precision: str, here: Path) -> None:
+    """What is written is the class map of its logits, raised in float32: no blocks of tied scores."""
+    main(["predict", "m.ckpt", "photos/a.png", "--precision", precision, "--device", "cpu"])
+    picture = Image.open("photos/a.png")
+    task = lightning_atrous.load("m.ckpt")
+    image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16 if precision == "bf16" else torch.float16):
+        logits = task.model.logits(image)
+    assert logits.dtype in (torch.bfloat16, torch.float16)
+    expected = F.interpolate(logits.float(), image.shape[-2:], mode="bilinear").argmax(1)[0]
+    assert (read(here / "predictions/index/a.png") == expected.numpy()).all()
 
 
 def test_a_write_that_fails_ends_it_and_leaves_no_half(
