@@ -413,7 +413,7 @@ ZEROS = np.zeros((20, 30), np.uint8)
         (lambda r: save_image(r / "images/train/a/0.x.jpg"), ["0.x.jpg", "0.x.png", "share one mask"]),
         (
             lambda r: (r / "train.txt").write_text("val/0\nnope\n"),
-            ["train.txt", "1 images", "'nope'", "suffix"],
+            ["train.txt", "1 image ", "'nope'", "suffix"],
         ),
         (lambda r: (r / "train.txt").write_text("\n"), ["train split is empty", "train.txt"]),
         (lambda r: save_mask(r / MASK, ZEROS[:7]), [MASK, "30×7", "30×20", "same size"]),
