@@ -11,7 +11,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import timm
 from timm.layers import convert_sync_batchnorm
@@ -46,6 +46,9 @@ class TimmBackbone(nn.Module):
         name: As timm names it, with a weight tag if wanted (``resnet50.a1_in1k``).
         output_stride: Image pixels per pixel of the last map: what the network has by itself (mostly 32), or a
             smaller power of two, by atrous convolution. Can be changed at any time, with the same weights.
+        method: How a stride is given up: ``dilate`` rewrites convolutions into atrous ones, ``phases`` runs whole
+            stages as they are on every sub-grid of the denser map; ``auto`` takes the first of the two that is exact
+            for this network. They differ at the image's borders, so a checkpoint keeps which one it was trained with.
         pretrained: ``true`` for timm's weights from its hub, ``false`` for none, or the path of a timm state dict
             (``.safetensors``, ``.pth``) of the very network. Loaded strictly.
         in_channels: Of the image. timm adapts pretrained weights to other numbers than 3.
@@ -61,6 +64,7 @@ class TimmBackbone(nn.Module):
         name: str,
         *,
         output_stride: int = 16,
+        method: Literal["auto", "dilate", "phases"] = "auto",
         pretrained: bool | str | os.PathLike[str] = True,
         in_channels: int = 3,
         timm_options: dict[str, Any] | None = None,
@@ -78,13 +82,14 @@ class TimmBackbone(nn.Module):
         self._channels = tuple(self.net.feature_info.channels())
         # asked of the class of the format, not of timm: `Format.NHWC` is a string enumeration
         self._channels_first = str(getattr(self.net, "output_fmt", None) or "NCHW").endswith("NCHW")
+        self.method = method
         self.dilation = self._probe()
         if output_stride != self.dilation.output_stride:
             self.output_stride = output_stride
 
     def _probe(self) -> Dilation:
         try:
-            return Dilation(self.net, in_channels=self.in_channels)
+            return Dilation(self.net, method=self.method, in_channels=self.in_channels)
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be used as a backbone: {error}") from error
 
@@ -116,6 +121,7 @@ class TimmBackbone(nn.Module):
         return {
             "name": self.name,
             "output_stride": self.output_stride,
+            "method": self.dilation.method or self.method,
             "pretrained": False,
             "in_channels": self.in_channels,
             "timm_options": self.timm_options or None,

@@ -14,6 +14,7 @@ LAYERS = [
     {
         "layers",
         "dilation.ops",
+        "dilation.grids",
         "names",
         "spec",
         "transforms",
@@ -23,7 +24,7 @@ LAYERS = [
         "images",
         "selection",
     },
-    {"dilation.proof", "dilation.rewrite", "switches"},
+    {"dilation.proof", "dilation.rewrite", "dilation.phases", "switches"},
     {"dilation.probe"},
     {"dilation.network"},
     {"backbone", "context", "losses", "metrics", "optim", "complaints", "data.base"},

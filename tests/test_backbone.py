@@ -89,10 +89,14 @@ def test_the_stride_moves_after_construction_and_back() -> None:
     assert torch.equal(backbone(x)[-1], before)
 
 
-def test_a_network_with_statistics_over_the_map_is_refused_by_name() -> None:
+def test_a_network_with_statistics_over_the_map_runs_on_phases() -> None:
     with pytest.raises(ValueError, match=r"test_efficientnet cannot run at output stride 8: .*Strides it supports: 32"):
-        TimmBackbone("test_efficientnet", pretrained=False, output_stride=8)
-    assert TimmBackbone("test_efficientnet", pretrained=False, output_stride=32).info[-1].reduction == 32
+        TimmBackbone("test_efficientnet", pretrained=False, output_stride=8, method="dilate")
+    backbone = TimmBackbone("test_efficientnet", pretrained=False, output_stride=8)
+    assert backbone.info[-1].reduction == 8
+    assert backbone.options()["method"] == "phases"  # by which it is built again
+    assert TimmBackbone(**backbone.options()).dilation.method == "phases"
+    assert TimmBackbone("test_efficientnet", pretrained=False, output_stride=32).options()["method"] == "auto"
 
 
 @pytest.mark.parametrize(

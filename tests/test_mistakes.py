@@ -55,7 +55,7 @@ MISTYPED = {
     ),
     "stride": ((*FIT, "--model.backbone.output_stride", "12"), "cannot run at output stride 12"),
     "stride of squeeze-excite": (
-        (*FIT, "--model.backbone.name", "efficientnet_b0", "--model.backbone.output_stride", "8"),
+        (*FIT, "--model.backbone.name=efficientnet_b0", "--model.backbone.method=dilate"),
         "Strides it supports: 32",
     ),
     "weights": ((*FIT, "--model.backbone.pretrained", "no.pth"), "there is no file no.pth"),

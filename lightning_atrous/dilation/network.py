@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_atrous.dilation.ops import DilationError
+from lightning_atrous.dilation.phases import Phases, cover
 from lightning_atrous.dilation.probe import probe
-from lightning_atrous.dilation.proof import TOLERANCE, calibrate, departure, drawn, relative_error, run, trace
+from lightning_atrous.dilation.proof import (
+    TOLERANCE,
+    calibrate,
+    channels_first,
+    departure,
+    drawn,
+    relative_error,
+    run,
+    trace,
+)
 from lightning_atrous.dilation.rewrite import rewrite
 
-__all__ = ["Dilation", "set_output_stride"]
+__all__ = ["Dilation", "Method", "set_output_stride"]
+
+Method = Literal["dilate", "phases"]
+METHODS: tuple[Method, ...] = ("dilate", "phases")
 
 
 class Dilation:
@@ -25,6 +39,8 @@ class Dilation:
 
     Args:
         module: The network as it comes, not dilated yet, and such that `copy.deepcopy` takes it.
+        method: How a new output stride is reached: *dilate* rewrites the ops, *phases* runs whole stages, as they
+            are, on every sub-grid of the denser map; *auto* takes the first of the two that is exact.
         in_channels: ``C``.
 
     Raises:
@@ -43,17 +59,26 @@ class Dilation:
     native: int
     """The coarsest reduction among the outputs of the strided network."""
 
-    def __init__(self, module: nn.Module, *, in_channels: int = 3) -> None:
+    def __init__(self, module: nn.Module, *, method: Literal["auto"] | Method = "auto", in_channels: int = 3) -> None:
+        if method not in ("auto", *METHODS):
+            raise ValueError(f"there is no method '{method}'; give one of auto, {', '.join(METHODS)}")
         self._module = module
+        self._methods: tuple[Method, ...] = METHODS if method == "auto" else (method,)
         self._in_channels = in_channels
-        self._size, self._ops, self._reductions = probe(module, in_channels)
-        self.native = max(self._reductions)
+        self._probe = probe(module, in_channels)
+        self.native = max(self._probe.reductions)
         self._output_stride = self.native
+        self._method: Method = self._methods[0]
 
     @property
     def reductions(self) -> tuple[int, ...]:
         """Image pixels per map pixel of each output, at the present output stride."""
-        return tuple(min(reduction, self._output_stride) for reduction in self._reductions)
+        return tuple(min(reduction, self._output_stride) for reduction in self._probe.reductions)
+
+    @property
+    def method(self) -> Method | None:
+        """What the present output stride is reached by; None at the network's own."""
+        return None if self._output_stride == self.native else self._method
 
     @property
     def output_stride(self) -> int:
@@ -70,9 +95,8 @@ class Dilation:
         choices = [2**i for i in range(self.native.bit_length())]
         if output_stride not in choices:
             raise ValueError(f"this network has no output stride {output_stride!r}; choose one of {choices}")
-        if output_stride not in (self._output_stride, self.native):
-            self._prove(output_stride)
-        self._apply(output_stride)
+        method = self._method if output_stride in (self._output_stride, self.native) else self._first(output_stride)
+        self._apply(output_stride, method)
 
     def supported(self) -> tuple[int, ...]:
         """Which of 8, 16 and 32 can be set."""
@@ -86,48 +110,73 @@ class Dilation:
         Args:
             dtype: In float64 rounding is out of the way: what is exact measures 1e-12 or less.
         """
-        return self._measure(self._output_stride, dtype)
+        return self._measure(self._output_stride, self._method, dtype)
 
-    def _apply(self, output_stride: int) -> None:
+    def _first(self, output_stride: int) -> Method:
+        """The first method that is exact as it runs."""
+        reasons, cause = [], None
+        for method in self._methods:
+            try:
+                self._prove(output_stride, method)
+            except DilationError as error:
+                reasons.append(f"by {method}: {error}")
+                cause = error.__cause__
+            else:
+                return method
+        raise DilationError(
+            f"output stride {output_stride} is not exact for this network, {'; '.join(reasons)}; its own output stride "
+            f"is {self.native}"
+        ) from cause
+
+    def _apply(self, output_stride: int, method: Method) -> None:
         # all is worked out before anything is set: a contradiction leaves the module alone
         native = output_stride == self.native
-        changes = [{} if native else rewrite(op, output_stride) for op in self._ops]
-        for op, change in zip(self._ops, changes, strict=True):
+        changes: list[dict[str, Any]] = [{} for _ in self._probe.ops]
+        covered: dict[nn.Module, Phases] = {}
+        if method == "dilate" and not native:
+            changes = [rewrite(op, output_stride) for op in self._probe.ops]
+        elif not native:
+            covered = cover(self._module, self._probe.stages, self._probe.ops, output_stride)
+        for stage in self._probe.stages:
+            vars(stage).pop("forward", None)
+        for op, change in zip(self._probe.ops, changes, strict=True):
             vars(op.module).pop("forward", None)
             for name, value in (op.settings | change).items():
                 setattr(op.module, name, value)
-        self._output_stride = output_stride
+        for stage, phases in covered.items():
+            stage.forward = phases
+        self._output_stride, self._method = output_stride, method
 
-    def _measure(self, output_stride: int, dtype: torch.dtype) -> tuple[float, ...]:
+    def _measure(self, output_stride: int, method: Method, dtype: torch.dtype) -> tuple[float, ...]:
         twin, image = self._twin(dtype)
-        strided = run(twin._module, image)
-        twin._apply(output_stride)
-        dense = run(twin._module, image)
-        steps = (native // now for native, now in zip(twin._reductions, twin.reductions, strict=True))
+        strided = channels_first(run(twin._module, image), twin._probe.channels_last)
+        twin._apply(output_stride, method)
+        dense = channels_first(run(twin._module, image), twin._probe.channels_last)
+        steps = (native // now for native, now in zip(twin._probe.reductions, twin.reductions, strict=True))
         return tuple(relative_error(d[..., ::k, ::k], s) for d, s, k in zip(dense, strided, steps, strict=True))
 
     def _twin(self, dtype: torch.dtype) -> tuple[Dilation, Tensor]:
         """The strided network with drawn weights, always the same, and an image ``(1, C, H, W)`` for it."""
         generator = torch.Generator().manual_seed(0)
         twin = copy.deepcopy(self, drawn(self._module, generator, dtype))
-        twin._apply(twin.native)
-        image = torch.empty(1, self._in_channels, *self._size, dtype=dtype, device="cpu")
+        twin._apply(twin.native, twin._method)
+        image = torch.empty(1, self._in_channels, *self._probe.size, dtype=dtype, device="cpu")
         image.uniform_(-2, 2, generator=generator)
         calibrate(twin._module, image, generator)
         return twin, image
 
     def _passes(self, output_stride: int) -> bool:
         try:
-            self._prove(output_stride)
+            self._first(output_stride)
         except DilationError:
             return False
         return True
 
-    def _prove(self, output_stride: int) -> None:
+    def _prove(self, output_stride: int, method: Method) -> None:
         try:
-            error = max(self._measure(output_stride, torch.float32))
+            error = max(self._measure(output_stride, method, torch.float32))
             if TOLERANCE < error < 100 * TOLERANCE:  # a deep network magnifies rounding, which float64 has not
-                error = max(self._measure(output_stride, torch.float64))
+                error = max(self._measure(output_stride, method, torch.float64))
             if error <= TOLERANCE:
                 return
             what, cause = f"relative error {error:.1e}, where {TOLERANCE:.0e} is rounding", None
@@ -137,15 +186,15 @@ class Dilation:
             what, cause = f"{type(raised).__name__}: {raised}", raised
         twin, image = self._twin(torch.float32)
         strided = trace(twin._module, image)
-        twin._apply(output_stride)
-        where = departure(strided, trace(twin._module, image))
-        raise DilationError(
-            f"output stride {output_stride} is not exact for this network ({what}){where}; "
-            f"its own output stride is {self.native}"
-        ) from cause
+        if method == "phases":  # nothing within is to be compared: its parts see other batches
+            raise DilationError(what) from cause
+        twin._apply(output_stride, method)
+        raise DilationError(what + departure(strided, trace(twin._module, image))) from cause
 
 
-def set_output_stride(module: nn.Module, output_stride: int, *, in_channels: int = 3) -> Dilation:
+def set_output_stride(
+    module: nn.Module, output_stride: int, *, method: Literal["auto"] | Method = "auto", in_channels: int = 3
+) -> Dilation:
     """Give a strided network another output stride, in place: a `Dilation`, and its ``output_stride`` set.
 
     Returns:
@@ -155,6 +204,6 @@ def set_output_stride(module: nn.Module, output_stride: int, *, in_channels: int
         ValueError: No power of two up to the network's own output stride.
         DilationError: The network can't have it exactly.
     """
-    dilation = Dilation(module, in_channels=in_channels)
+    dilation = Dilation(module, method=method, in_channels=in_channels)
     dilation.output_stride = output_stride
     return dilation

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ["KERNELS", "SETTINGS", "Call", "DilationError", "Op", "is_map", "is_op", "pair"]
+__all__ = ["KERNELS", "SETTINGS", "Call", "DilationError", "Op", "Stage", "is_map", "is_op", "pair"]
 
 KERNELS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 SETTINGS = ("stride", "padding", "dilation", "ceil_mode", "count_include_pad", "forward")
@@ -38,6 +38,16 @@ class Op:
     module: nn.Module
     settings: dict[str, Any]
     calls: set[Call] = field(default_factory=set)
+
+
+class Stage(NamedTuple):
+    """A module that was called once, and turned one map into another."""
+
+    module: nn.Module
+    stride_in: int
+    stride_out: int
+    channels_last: bool
+    """Whether its maps are ``(B, h, w, C)``."""
 
 
 def is_map(x: Any) -> bool:

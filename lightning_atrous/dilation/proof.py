@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_atrous.dilation.ops import is_map, is_op
 
-__all__ = ["TOLERANCE", "calibrate", "departure", "drawn", "hooked", "relative_error", "run", "trace"]
+__all__ = ["TOLERANCE", "calibrate", "channels_first", "departure", "drawn", "hooked", "relative_error", "run", "trace"]
 
 TOLERANCE = 1e-4
 """Of the relative error in float32: what is right measures 1e-5, what is wrong 4e-3 and more."""
@@ -32,6 +32,11 @@ def run(module: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
     if not isinstance(maps, (tuple, list)) or not maps or not all(is_map(x) for x in maps):
         raise ValueError(f"expected a map (B, C, h, w) or a sequence of maps, got {type(output).__name__}")
     return tuple(maps)
+
+
+def channels_first(maps: Sequence[Tensor], layouts: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Maps as ``(B, C, h, w)``, of which some are ``(B, h, w, C)``."""
+    return tuple(x.permute(0, 3, 1, 2) if last else x for x, last in zip(maps, layouts, strict=True))
 
 
 @contextmanager

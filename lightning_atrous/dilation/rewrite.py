@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_atrous.dilation.grids import join, split
 from lightning_atrous.dilation.ops import KERNELS, Call, DilationError, Op, pair
 
 __all__ = ["rewrite"]
@@ -135,7 +135,7 @@ class _Forward:
 
     def __call__(self, x: Tensor, *rest: Any) -> Tensor:
         height, width = x.shape[-2:]
-        x = _split(x, self.phases)
+        x = split(x, self.phases)
         forward, (left, right, top, bottom) = type(self.op).forward, self.pad
         y = forward(self.op, F.pad(x, self.pad, value=self.fill) if any(self.pad) else x, *rest)
         if self.counted is not None:  # the share of each window that is there to be averaged
@@ -143,23 +143,5 @@ class _Forward:
             ones = F.pad(x.new_ones(1, 1, *x.shape[-2:]), (columns, columns, rows, rows), value=1.0)
             around = (left - columns, right - columns, top - rows, bottom - rows)
             y = y / forward(self.op, F.pad(ones, around))
-        y = _join(y[..., self.crop[0] :, self.crop[1] :], self.phases)
+        y = join(y[..., self.crop[0] :, self.crop[1] :], self.phases)
         return y[..., : y.shape[-2] - -height % self.phases, : y.shape[-1] - -width % self.phases]
-
-
-def _split(x: Tensor, phases: int) -> Tensor:
-    """``(B, C, h, w)`` → its sub-grids ``(r·r·B, C, ⌈h/r⌉, ⌈w/r⌉)``, that of the first pixel first."""
-    if phases == 1:
-        return x
-    x = F.pad(x, (0, -x.shape[-1] % phases, 0, -x.shape[-2] % phases))
-    return torch.cat([x[..., i::phases, j::phases] for i in range(phases) for j in range(phases)])
-
-
-def _join(x: Tensor, phases: int) -> Tensor:
-    """The inverse of `_split`: ``(r·r·B, C, h, w)`` → ``(B, C, r·h, r·w)``, in the same memory format."""
-    if phases == 1:
-        return x
-    contiguous = x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if contiguous else torch.contiguous_format
-    grids = x.unflatten(0, (phases, phases, -1)).permute(2, 3, 4, 0, 5, 1)  # B C h r w r
-    return grids.flatten(4).flatten(2, 3).contiguous(memory_format=layout)
