@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import timm
+import torch
+import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
@@ -22,6 +24,9 @@ from lightning_atrous.registry import close_matches
 from lightning_atrous.types import FeatureInfo, Features, Preprocess
 
 __all__ = ["TimmBackbone", "convert_sync_batchnorm", "list_backbones"]
+
+GRIDS = ((1, 65, 131), (1, 321, 387), (32, 96, 160), (64, 192, 320), (128, 384, 640), (256, 256, 768))
+"""Multiples that networks want of an image's sides, with sides that are such and no larger ones; tried in turn."""
 
 _OURS = {
     "features_only": "it is always on",
@@ -75,7 +80,7 @@ class TimmBackbone(nn.Module):
             raise ValueError(f"in_channels must be at least 1, got {in_channels}")
         _check_name(name)
         _check_options(self.timm_options)
-        self.net = _create(name, in_channels, self.timm_options)
+        self.net = _create_features(name, in_channels, self.timm_options)
         if pretrained is not False:
             _load_strictly(self.net, name, in_channels, self.timm_options, pretrained)
         self.preprocess = _preprocess(self.net.pretrained_cfg, in_channels)
@@ -83,6 +88,7 @@ class TimmBackbone(nn.Module):
         # asked of the class of the format, not of timm: `Format.NHWC` is a string enumeration
         self._channels_first = str(getattr(self.net, "output_fmt", None) or "NCHW").endswith("NCHW")
         self.method = method
+        self._grid = self._smallest_grid()
         self.dilation = self._probe()
         if output_stride != self.dilation.output_stride:
             self.output_stride = output_stride
@@ -92,6 +98,23 @@ class TimmBackbone(nn.Module):
             return Dilation(self.net, method=self.method, in_channels=self.in_channels)
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be used as a backbone: {error}") from error
+
+    def _smallest_grid(self) -> int:
+        """What the sides of an image must be multiples of: 1 for convolutions, more for windows and patches."""
+        training, failure = self.net.training, None
+        for grid, *sides in GRIDS:
+            try:
+                with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    self.net.eval()(torch.zeros(1, self.in_channels, *sides))
+            except (AssertionError, RuntimeError, ValueError) as error:  # each network has its own
+                failure = error
+            else:
+                self.net.train(training)
+                return grid
+        raise ValueError(
+            f"{self.name} cannot be used as a backbone: it takes images of one size alone ({_first_line(failure)}); "
+            "take a network of convolutions or windows"
+        ) from failure
 
     @property
     def info(self) -> tuple[FeatureInfo, ...]:
@@ -128,11 +151,22 @@ class TimmBackbone(nn.Module):
         }
 
     def forward(self, image: Tensor) -> Features:
-        """Normalised image ``(B, C, H, W)`` → maps ``(B, C_i, h_i, w_i)``, the finest first."""
-        features = self.net(image)
-        if self._channels_first:
+        """Normalised image ``(B, C, H, W)`` → maps ``(B, C_i, h_i, w_i)``, the finest first.
+
+        Where a network takes multiples of its windows or patches alone, the image is continued with zeros to the right
+        and below, and the maps are cut off where it ends.
+        """
+        height, width = image.shape[-2:]
+        below, right = -height % self._grid, -width % self._grid
+        features = self.net(F.pad(image, (0, right, 0, below)) if below or right else image)
+        if not self._channels_first:
+            features = [feature.permute(0, 3, 1, 2) for feature in features]
+        if not (below or right):
             return tuple(features)
-        return tuple(feature.permute(0, 3, 1, 2) for feature in features)
+        return tuple(
+            feature[..., : -(-height // reduction), : -(-width // reduction)]
+            for feature, reduction in zip(features, self.dilation.reductions, strict=True)
+        )
 
 
 def _check_name(name: str) -> None:
@@ -147,9 +181,19 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"timm_options may not have '{option}': {_OURS[option]}")
 
 
-def _create(name: str, in_channels: int, options: Mapping[str, Any], *, full: bool = False, **weights: Any) -> Any:
-    """The network by timm's constructor, as features or (``full``) as the classifier it was trained as."""
-    options = dict(options) if full else {"features_only": True, **options}
+def _create_features(name: str, in_channels: int, options: Mapping[str, Any]) -> Any:
+    """The network as features, of a kind that takes images of any size where it has the choice."""
+    try:
+        # of networks with windows, which then pad to whole ones by themselves
+        return _create(name, in_channels, {"features_only": True, "strict_img_size": False, **options})
+    except ValueError as error:
+        if "'strict_img_size'" not in str(error.__cause__):
+            raise
+    return _create(name, in_channels, {"features_only": True, **options})
+
+
+def _create(name: str, in_channels: int, options: Mapping[str, Any], **weights: Any) -> Any:
+    """The network by timm's constructor."""
     try:
         return timm.create_model(name, in_chans=in_channels, **weights, **options)
     except TypeError as error:
@@ -194,7 +238,7 @@ def _pretrained_classifier(
 ) -> nn.Module:
     if isinstance(pretrained, bool):
         try:
-            return _create(name, in_channels, options, full=True, pretrained=True)
+            return _create(name, in_channels, options, pretrained=True)
         except (OSError, RuntimeError) as error:
             raise ValueError(
                 f"the pretrained weights of {name} could not be fetched or loaded ({_first_line(error)}). To go on "
@@ -221,7 +265,6 @@ def _pretrained_classifier(
             name,
             in_channels,
             {**options, **classes},
-            full=True,
             pretrained=True,
             pretrained_cfg_overlay=overlay,
         )
@@ -241,6 +284,6 @@ def _preprocess(cfg: Mapping[str, Any], in_channels: int) -> Preprocess:
     )
 
 
-def _first_line(error: BaseException, lines: int = 1) -> str:
+def _first_line(error: BaseException | None, lines: int = 1) -> str:
     text = " ".join(line.strip() for line in str(error).strip().splitlines()[:lines]) or type(error).__name__
     return text if len(text) <= 240 else text[:237] + "..."

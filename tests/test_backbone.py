@@ -139,3 +139,31 @@ def test_real_imagenet_weights_load() -> None:
     )
     # trained weights: the stem's filters are not the initialisation's
     assert float(backbone.net.conv_stem.weight.detach().abs().max()) > 1
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"),
+    [
+        ("test_resnet", 1),
+        ("swin_tiny_patch4_window7_224", 32),
+        pytest.param("maxvit_pico_rw_256", 256, marks=pytest.mark.slow),
+        pytest.param("inception_v4", 1, marks=pytest.mark.slow),
+    ],
+)
+def test_images_of_any_size(name: str, grid: int) -> None:
+    """Networks of windows see the image continued with zeros; their maps end where it does."""
+    backbone = TimmBackbone(name, pretrained=False, output_stride=32).eval()
+    x = torch.randn(1, 3, 129, 150)
+    with torch.no_grad():
+        maps = backbone(x)
+        padded = backbone(torch.nn.functional.pad(x, (0, -150 % grid, 0, -129 % grid)))
+    for small, whole, level in zip(maps, padded, backbone.info, strict=True):
+        assert small.shape[1] == level.channels
+        if name != "inception_v4":  # which does not pad, and loses some pixels on the way
+            assert small.shape[-2:] == (-(-129 // level.reduction), -(-150 // level.reduction))
+        assert torch.equal(small, whole[..., : small.shape[-2], : small.shape[-1]])
+
+
+def test_a_network_of_one_size_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"vit_tiny_patch16_224 .* takes images of one size alone .*224"):
+        TimmBackbone("vit_tiny_patch16_224", pretrained=False)
