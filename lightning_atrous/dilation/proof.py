@@ -78,7 +78,10 @@ def calibrate(module: nn.Module, image: Tensor, generator: torch.Generator) -> N
     def calibrate(child: nn.Module, args: tuple[Any, ...]) -> None:
         mean, variance = getattr(child, "running_mean", None), getattr(child, "running_var", None)
         if isinstance(mean, Tensor) and isinstance(variance, Tensor):
-            here, average = torch.var_mean(args[0].transpose(0, 1).flatten(1), dim=1, correction=0)
+            x = args[0].transpose(0, 1).flatten(1)
+            here, average = torch.var_mean(x, dim=1, correction=0)
+            if x.shape[1] == 1:  # pooled to one pixel: of no variance, which would have everything magnified
+                here = x.square().mean().expand_as(here)
             noise = image.new_empty(2, *mean.shape).uniform_(-0.5, 0.5, generator=generator)
             # half of it the whole map's: a channel of almost no variance would have its rounding magnified
             variance.copy_((here + here.mean()) / 2 * (1 + noise[0]) + 1e-4)
