@@ -20,7 +20,7 @@ from lightning_atrous.metrics import class_accuracy, class_iou, scores
 from lightning_atrous.task import SegmentationTask
 from lightning_atrous.types import ClassInfo
 
-__all__ = ["FinalValidation", "RunProgress", "ScoreTable", "WandbRun", "score_table"]
+__all__ = ["FinalValidation", "LoggedStep", "RunProgress", "ScoreTable", "WandbRun", "score_table"]
 
 
 class RunProgress(ProgressBar):
@@ -178,6 +178,20 @@ class FinalValidation(Callback):
             trainer.should_stop = True
 
 
+class LoggedStep(Callback):
+    """The step that loggers see is the optimiser's, in a resumed run too.
+
+    Lightning counts it apart, after the validation in which checkpoints are saved, and takes it up again one step early
+    from some of those, and one late from others.
+    """
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Before anything of this batch is logged."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 class ScoreTable(Callback):
     """The scores of every class, printed where an evaluation ends: after `fit`, `validate` and `test`."""
 
@@ -232,24 +246,26 @@ def score_table(confusion: Tensor, classes: ClassInfo, *, title: str) -> Table:
 
 
 class WandbRun(Callback):
-    """Keeps the id of the W&B run in the checkpoints, so that whoever goes on from one goes on in that run."""
+    """Keeps the W&B run's id, project and name in the checkpoints: whoever goes on from one goes on in that run."""
 
     def __init__(self) -> None:
-        self.id: str | None = None
+        self.run: dict[str, str] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Ask the logger, if there is one."""
         for logger in trainer.loggers:
             if isinstance(logger, WandbLogger) and trainer.is_global_zero:
-                self.id = logger.experiment.id
+                run = logger.experiment
+                known = {"id": run.id, "entity": run.entity, "project": run.project, "name": run.name}
+                self.run = {key: value for key, value in known.items() if value}
 
     def state_dict(self) -> dict[str, Any]:
         """What goes into a checkpoint."""
-        return {"id": self.id}
+        return dict(self.run)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Know the run also where this part of the training is not logged to W&B."""
-        self.id = state_dict["id"]
+        self.run = dict(state_dict)
 
 
 def _headline(task: SegmentationTask) -> str:

@@ -93,7 +93,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with warnings.catch_warnings():
             # Lightning's own use of torch's tree functions; nothing that a user could change
             warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)`", category=FutureWarning)
+            # what is meant when a run is resumed
+            warnings.filterwarnings("ignore", message=r"Checkpoint directory .* exists and is not empty")
+            warnings.filterwarnings("ignore", message=r"The dirpath has changed")
             VERBS[verb][1](arguments)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        # Lightning ends with a code of its own after it has shut a run down
+        if isinstance(stop, SystemExit) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print(f"lightning-atrous {verb}: stopped; what was written up to here is whole", file=sys.stderr)
+        sys.exit(130)
     except Exception as error:
         if os.environ.get(TRACEBACK):
             raise

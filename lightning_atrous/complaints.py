@@ -85,7 +85,13 @@ _FOREIGN = {
     ),
     r"gloo/transport|\bDist\w*Error": (
         "another process of this run has ended, and so does this one; what it said stands above, and --ckpt_path last "
-        "goes on from the last checkpoint"
+        "goes on from the last checkpoint, if there is one"
+    ),
+    r"Early stopping conditioned on metric `(.*?)` which is not available.*?following: (.*)": (
+        "the callback EarlyStopping has monitor {0}, which this run does not log; give one of {1}"
+    ),
+    r"invalid strategy name: `strategy='(\w+)'`": (
+        "trainer.strategy: Lightning has no strategy '{0}'; give auto, ddp, or ddp_find_unused_parameters_true"
     ),
     r"find_unused_parameters": (
         "some of the backbone's weights take no part in the loss, which DDP has to be told; give --trainer.strategy "

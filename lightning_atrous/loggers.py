@@ -8,6 +8,7 @@ import netrc
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -71,17 +72,17 @@ class RunTensorBoardLogger(TensorBoardLogger):
         super().__init__(save_dir, name="", version="", log_graph=log_graph, prefix=prefix, default_hp_metric=False)
 
 
-def complete(logger: Any, *, run_dir: Path, first_step: int = 0, wandb_id: str | None = None) -> Any:
+def complete(logger: Any, *, run_dir: Path, first_step: int = 0, wandb_run: Mapping[str, str] | None = None) -> Any:
     """A logger's configuration, with what it leaves open filled in for one run.
 
     Args:
         logger: As parsed: ``class_path`` and ``init_args``, a list of such, a boolean or None.
         run_dir: Of the run; loggers that name no place of their own write there.
         first_step: The first step that is done.
-        wandb_id: Of the W&B run to go on in.
+        wandb_run: What identifies the W&B run to go on in, for what the configuration leaves open.
     """
     if isinstance(logger, list):
-        return [complete(each, run_dir=run_dir, first_step=first_step, wandb_id=wandb_id) for each in logger]
+        return [complete(each, run_dir=run_dir, first_step=first_step, wandb_run=wandb_run) for each in logger]
     if logger is None or isinstance(logger, bool):
         return logger
     logger = logger.clone()
@@ -98,10 +99,11 @@ def complete(logger: Any, *, run_dir: Path, first_step: int = 0, wandb_id: str |
     elif issubclass(cls, WandbLogger):
         if here and options.get("dir") is None:
             options.save_dir = str(run_dir)
-            if first_rank:
-                run_dir.mkdir(parents=True, exist_ok=True)  # else wandb takes a temporary folder
-        if options.id is None and options.version is None:
-            options.id = wandb_id
+        if first_rank:  # else wandb takes a temporary folder
+            Path(options.get("dir") or options.save_dir).mkdir(parents=True, exist_ok=True)
+        for key, value in (wandb_run or {}).items():
+            if options.get(key) is None and not (key == "id" and options.version):
+                options[key] = value
         options.name = options.name or run_dir.name
         if not options.offline and first_rank and not has_wandb_account():
             options.offline, options.log_model = True, False
@@ -113,7 +115,13 @@ def has_wandb_account() -> bool:
     """Whether W&B can go online, or not as it was told, without asking anybody for a key."""
     import wandb
 
-    settings = wandb.setup().settings
+    try:
+        settings = wandb.setup().settings
+    except Exception as error:  # of pydantic, about the environment
+        raise ValueError(
+            f"Weights & Biases cannot be set up ({' '.join(str(error).split())[:200]}); check the environment "
+            "variables WANDB_*"
+        ) from error
     wandb.teardown()  # so that what is set from here on counts
     if settings.mode != "online" or settings.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True

@@ -85,6 +85,11 @@ class SegmentationModel(nn.Module):
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> Tensor:
-        """Image ``(B, C, H, W)`` → the class of every pixel, int64 ``(B, H, W)``. Puts the model into eval mode."""
-        self.eval()
-        return class_map(self.logits(image), image.shape[-2:])
+        """Image ``(B, C, H, W)`` → the class of every pixel in eval mode, int64 ``(B, H, W)``."""
+        modes = [(module, module.training) for module in self.modules()]
+        try:
+            self.eval()
+            return class_map(self.logits(image), image.shape[-2:])
+        finally:  # one by one: a norm that was frozen stays so
+            for module, training in modes:
+                module.training = training

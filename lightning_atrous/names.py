@@ -34,13 +34,13 @@ def translate_arguments(arguments: Sequence[str], slots: Slots) -> list[str]:
     expects: str | None = None
     for argument in arguments:
         if expects is not None:
-            argument, expects = _class_path(argument, expects, slots), None
+            argument, expects = _value(argument, expects, slots), None
         elif argument.startswith("--"):
             option, equals, value = argument[2:].partition("=")
             key = option.removesuffix(".class_path").removesuffix(".help")
             if key in slots:
                 if equals:
-                    argument = f"--{option}={_class_path(value, key, slots)}"
+                    argument = f"--{option}={_value(value, key, slots)}"
                 else:
                     expects = key
         translated.append(argument)
@@ -61,7 +61,21 @@ def translate_yaml(text: str, slots: Slots) -> str:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError:
         return text
-    spots = [(node, key) for key in slots for node in _scalars_at(root, key.split("."))]
+    return _replace(text, [(node, key) for key in slots for node in _scalars_at(root, key.split("."))], slots)
+
+
+def _value(text: str, key: str, slots: Slots) -> str:
+    """Replace the names in what was typed for an option: a name, or YAML in one line."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError:
+        return text
+    if isinstance(root, (yaml.MappingNode, yaml.SequenceNode)):
+        return _replace(text, [(node, key) for node in _scalars_at(root, [])], slots)
+    return _class_path(text, key, slots)
+
+
+def _replace(text: str, spots: Sequence[tuple[yaml.ScalarNode, str]], slots: Slots) -> str:
     for node, key in sorted(spots, key=lambda spot: spot[0].start_mark.index, reverse=True):
         path = _class_path(node.value, key, slots)
         if path != node.value:

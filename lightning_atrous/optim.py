@@ -8,11 +8,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-__all__ = ["POLY", "SGD_RECIPE", "OptimizerFactory", "Poly", "build_optimizer", "parameter_groups", "realign"]
+__all__ = [
+    "POLY",
+    "SGD_RECIPE",
+    "OptimizerFactory",
+    "Poly",
+    "build_optimizer",
+    "check_optimizer",
+    "parameter_groups",
+    "realign",
+]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """An optimiser class, or one with its options already given (`functools.partial`)."""
@@ -94,6 +104,18 @@ def _norms_and_biases(model: nn.Module) -> set[int]:
         # a norm's parameters have one dimension, but for these two when they span several
         if parameter.ndim < 2 or name == "bias" or isinstance(module, (nn.LayerNorm, nn.RMSNorm))
     }
+
+
+def check_optimizer(factory: OptimizerFactory) -> None:
+    """Try a factory on a parameter of no meaning, so that options out of range are said before anything runs.
+
+    Raises:
+        ValueError: What the optimiser says of its options.
+    """
+    try:
+        factory([nn.Parameter(torch.zeros(2, 2))])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.optimizer: {error}; correct its options") from error
 
 
 def build_optimizer(factory: OptimizerFactory, groups: Iterable[dict[str, Any]]) -> Optimizer:

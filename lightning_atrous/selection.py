@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +24,7 @@ def select(arguments: Sequence[str], suffixes: Collection[str], *, leave_out: Se
     """Files, all that lie in folders, and all that patterns match, each file once.
 
     A file goes by its own name, one of a folder by its path in it, one of a pattern by its path below what stands
-    before the first wildcard.
+    before the first wildcard; without the suffix, unless that alone tells it from another.
 
     Args:
         arguments: Paths and patterns (``*``, ``?``, ``[…]``, and ``**`` for folders within folders).
@@ -47,14 +48,19 @@ def select(arguments: Sequence[str], suffixes: Collection[str], *, leave_out: Se
             raise ValueError(
                 f"there is no image in '{argument}'; give pictures, folders or patterns ({_list(suffixes)})"
             )
+    names = Counter(selected.name for selected in found.values())
+    chosen = [
+        selected._replace(name=selected.name + selected.path.suffix) if names[selected.name] > 1 else selected
+        for selected in found.values()
+    ]
     by_name: dict[str, Path] = {}
-    for path, name in found.values():
+    for path, name in chosen:
         if by_name.setdefault(name, path) != path:
             raise ValueError(
                 f"{by_name[name]} and {path} would both be written as {name}.png; "
                 "give the folder that holds both, or one after the other with an --output of its own"
             )
-    return list(found.values())
+    return chosen
 
 
 def _files(argument: str, suffixes: Collection[str]) -> Iterator[Selected]:
@@ -70,7 +76,8 @@ def _files(argument: str, suffixes: Collection[str]) -> Iterator[Selected]:
     else:
         raise ValueError(f"there is no image, folder or pattern '{argument}'; give the path of one")
     for place in places:
-        if place.suffix.lower() in suffixes and place.is_file():
+        # a link to nowhere is taken along, to be named among what could not be read
+        if place.suffix.lower() in suffixes and (place.is_file() or not place.exists()):
             yield Selected(place, place.relative_to(base).with_suffix("").as_posix())
 
 

@@ -23,7 +23,16 @@ from lightning_atrous.images import RGB, Reader, as_image
 from lightning_atrous.losses import CrossEntropy, LossFactory, mean_over_ranks
 from lightning_atrous.metrics import SegmentationScore, class_iou, scores
 from lightning_atrous.model import SegmentationModel
-from lightning_atrous.optim import POLY, SGD_RECIPE, OptimizerFactory, Poly, build_optimizer, parameter_groups, realign
+from lightning_atrous.optim import (
+    POLY,
+    SGD_RECIPE,
+    OptimizerFactory,
+    Poly,
+    build_optimizer,
+    check_optimizer,
+    parameter_groups,
+    realign,
+)
 from lightning_atrous.spec import build, describe
 from lightning_atrous.types import ClassInfo, Preprocess
 
@@ -83,6 +92,7 @@ class SegmentationTask(L.LightningModule):
     ) -> None:
         super().__init__()
         optimizer = optimizer or SGD_RECIPE
+        check_optimizer(optimizer)
         if reader.out_channels != backbone.in_channels:
             raise ValueError(
                 f"the backbone takes images of {backbone.in_channels} channels, but the data's reader ({reader}) gives "
@@ -190,7 +200,7 @@ class SegmentationTask(L.LightningModule):
     def predict(self, image: Image.Image | np.ndarray) -> np.ndarray: ...
 
     def predict(self, image: Image.Image | np.ndarray | Tensor) -> np.ndarray | Tensor:
-        """The class of every pixel. Puts the task into eval mode and computes on its device.
+        """The class of every pixel, computed in eval mode on the task's device.
 
         Args:
             image: A PIL picture (as it is: its EXIF orientation is not applied), an array ``(H, W, C)`` or ``(H, W)``,
@@ -205,7 +215,6 @@ class SegmentationTask(L.LightningModule):
         """
         x = as_image(image, self.reader).to(self.device)
         batched = x.ndim == 4
-        self.eval()
         labels = self.model.predict(self._memory_format(x if batched else x[None]))
         if isinstance(image, Tensor):
             return labels if batched else labels[0]
@@ -297,12 +306,6 @@ class SegmentationTask(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the description from which `load_from_checkpoint` builds the task."""
         checkpoint[SPEC_KEY] = self.spec
-        if "loops" in checkpoint:
-            # Lightning counts the step that loggers see after the validation in which this is saved: a resumed run
-            # would log the step before it twice
-            checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint[
-                "global_step"
-            ]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another model or other classes, before its tensors are found not to fit.

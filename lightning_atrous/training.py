@@ -17,7 +17,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.trainer import Trainer
 from torch.optim import SGD, Optimizer
 
-from lightning_atrous.callbacks import FinalValidation, RunProgress, ScoreTable, WandbRun
+from lightning_atrous.callbacks import FinalValidation, LoggedStep, RunProgress, ScoreTable, WandbRun
 from lightning_atrous.complaints import Complaint, clarify
 from lightning_atrous.data import SegmentationData
 from lightning_atrous.heads import HEADS, DeepLabV3Plus, Head
@@ -94,7 +94,7 @@ class TrainingCLI(LightningCLI):
         HEADS.load_plugins()
         self.run_dir = Path()
         self.first_step = 0
-        self.wandb_id: str | None = None
+        self.wandb_run: dict[str, str] = {}
         self.checkpoint: dict[str, Any] | None = None  # what it says of itself
         super().__init__(
             SegmentationTask,
@@ -154,7 +154,7 @@ class TrainingCLI(LightningCLI):
                 path = find_checkpoint(checkpoint, _run_base(arguments))
                 content = read_checkpoint(path)
                 self.first_step = content["global_step"]
-                self.wandb_id = content["callbacks"].get(WandbRun().state_key, {}).get("id")
+                self.wandb_run = content["callbacks"].get(WandbRun().state_key, {})
                 self.checkpoint = content[SPEC_KEY]
                 # before the parser imports them; what the user's own configs name is the user's word for it
                 check_classes(self.checkpoint, trust=class_paths(arguments))
@@ -192,14 +192,18 @@ class TrainingCLI(LightningCLI):
         self.config = self.config.clone()
         trainer = self.config[self.subcommand].trainer
         try:
+            # an evaluation does no step again, and drops none from the records
+            first_step = self.first_step if self.subcommand == "fit" else sys.maxsize
             trainer.logger = complete(
-                trainer.logger, run_dir=self.run_dir, first_step=self.first_step, wandb_id=self.wandb_id
+                trainer.logger, run_dir=self.run_dir, first_step=first_step, wandb_run=self.wandb_run
             )
             super().instantiate_classes()
             if self.checkpoint is not None:
                 self.model.check_fits(self.checkpoint)
         except Exception as error:
             complaint = Complaint.of(error, exit_code=2)
+            if complaint is None and isinstance(error, (TypeError, ValueError)):  # of a library, about its options
+                complaint = Complaint(" ".join(str(error).split()), exit_code=2)
             if complaint is None:
                 raise
             raise complaint from error
@@ -208,7 +212,7 @@ class TrainingCLI(LightningCLI):
         """The trainer with the run's checkpoints, progress, table and plugins."""
         self.config = self.resolved  # what is kept with a run does not name the run's own places
         config = self.config[self.subcommand].trainer
-        callbacks: list[Any] = [ScoreTable(), WandbRun(), FinalValidation()]
+        callbacks: list[Any] = [LoggedStep(), ScoreTable(), WandbRun(), FinalValidation()]
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if config.enable_checkpointing is not False and not config.fast_dev_run:

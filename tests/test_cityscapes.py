@@ -254,13 +254,32 @@ def test_a_run_by_steps_goes_on_at_the_next_step(
 ) -> None:
     """Also from a checkpoint of a validation, where Lightning has not yet counted the step as logged."""
     by_steps = ("--trainer.max_epochs", "-1", "--trainer.val_check_interval", "3", "--trainer.check_val_every_n_epoch")
-    command("fit", "--config", "tiny.yaml", *by_steps, "null", "--trainer.max_steps", "4")
-    command("fit", "--config", "tiny.yaml", *by_steps, "null", "--trainer.max_steps", "6", "--ckpt_path", "last")
+    # after a validation of its own, then after one of the interval
+    for steps, more in ((4, ()), (6, ("--ckpt_path", "last")), (7, ("--ckpt_path", "last"))):
+        command("fit", "--config", "tiny.yaml", *by_steps, "null", "--trainer.max_steps", str(steps), *more)
     with (workdir / "runs/tiny/metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [int(row["step"]) for row in rows if row.get("train/loss")] == [0, 1, 2, 3, 4, 5]
-    assert [int(row["step"]) for row in rows if row.get("lr-SGD/head")] == [0, 1, 2, 3, 4, 5]
-    assert [int(row["step"]) for row in rows if row.get("val/miou")] == [2, 3, 5]
+    assert [int(row["step"]) for row in rows if row.get("train/loss")] == list(range(7))
+    assert [int(row["step"]) for row in rows if row.get("lr-SGD/head")] == list(range(7))
+    assert [int(row["step"]) for row in rows if row.get("val/miou")] == [2, 3, 5, 6]
+
+
+def test_kinds_of_labels_that_are_mixed_are_named(tmp_path: Path) -> None:
+    root = make_cityscapes(tmp_path, {"train": ["aachen"], "val": ["lindau"]}, kinds=["labelIds"])
+    mask = sorted((root / "gtFine/train/aachen").iterdir())[1]
+    mask.rename(mask.with_name(mask.name.replace("labelIds", "labelTrainIds")))
+    with pytest.raises(
+        ValueError, match=r"train split has labelIds for some .* labelTrainIds for others, such as .*aachen"
+    ):
+        Cityscapes(root).build("train")
+
+
+def test_zips_unpacked_apart_are_told_to_be_put_together(tmp_path: Path) -> None:
+    make_cityscapes(tmp_path / "one", images=1)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "one/gtFine").rename(tmp_path / "other/gtFine")
+    with pytest.raises(ValueError, match=r"move it here from .*one, and gtFine from .*other"):
+        Cityscapes(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,27 @@ main()
 """
 
 
+def test_an_interrupted_run_says_so(workdir: Path) -> None:
+    with (workdir / "out").open("w") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lightning_atrous", "fit", "--config", "tiny.yaml", "--trainer.max_epochs", "999"],
+            cwd=workdir,
+            env=environment(),
+            stdout=out,
+            stderr=out,
+        )
+    deadline = time.monotonic() + 120
+    while not (workdir / "runs/tiny/checkpoints/last.ckpt").is_file():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    output = (workdir / "out").read_text()
+    assert "lightning-atrous fit: stopped; what was written up to here is whole" in output
+    assert "Traceback" not in output
+
+
 def test_a_plugin_is_installed_listed_and_trained(command: Command, workdir: Path) -> None:
     site = workdir / "site"
     subprocess.run(

@@ -81,10 +81,11 @@ def test_a_wandb_run_reads_back_goes_on_and_is_scored(
 
     # another length: its own curve from the first step on
     longer = ("--trainer.max_epochs", "3", "--ckpt_path", "last")
-    resumed = command("fit", "--config", "tiny.yaml", *logger, *longer)
+    # the project and the name need not be said again
+    resumed = command("fit", "--config", "tiny.yaml", *logger[:2], *longer)
     assert "already exists" not in resumed.stderr
     second = run_files(run)[-1]
-    assert second["id"] == first["id"]
+    assert (second["id"], second["project"], second["name"]) == (first["id"], "forms", "tiny")
     assert second["config"]["trainer"]["max_epochs"] == 3
     rate = column(second["history"], "lr-SGD/head")
     assert list(rate) == list(column(second["history"], "train/loss")) == [6, 7, 8]
@@ -119,6 +120,14 @@ def test_tensorboard_and_csv_side_by_side(
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows if row["train/loss"]] == list(range(6))
     assert [int(row["step"]) for row in rows if row["val/iou/star"] or row["val/miou"]] == [2, 5]
+    # an evaluation adds its scores, and takes nothing away
+    command("test", "--config", "both.yaml", "--trainer.logger", "[csv]", "--ckpt_path", "best")
+    with (run / "metrics.csv").open(newline="") as file:
+        after = list(csv.DictReader(file))
+    assert [row["train/loss"] for row in after if row["train/loss"]] == [
+        row["train/loss"] for row in rows if row["train/loss"]
+    ]
+    assert sum(bool(row["test/miou"]) for row in after) == 1
 
 
 @pytest.mark.parametrize(

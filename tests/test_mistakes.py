@@ -112,6 +112,8 @@ MISTYPED = {
         (*FIT, "--data=Folder", "--data.root=.", "--data.augment.flip", "x"),
         "data.augment.flip: expected float, got x",
     ),
+    "learning rate": ((*FIT, "--model.optimizer.lr", "-1"), "model.optimizer: Invalid learning rate: -1.0; correct"),
+    "strategy": ((*FIT, "--trainer.strategy", "ddpp"), "Lightning has no strategy 'ddpp'; give auto, ddp"),
     "list what": (("list", "haeds"), "invalid choice"),
     "list nothing": (("list",), "required"),
 }
@@ -339,6 +341,11 @@ MISTAKES = {
     ),
     "batch norm over CPUs": Mistake(
         keep, (*DATA, *DDP, "2", "--trainer.sync_batchnorm", "true"), "give --trainer.sync_batchnorm false", 2
+    ),
+    "what to stop on": Mistake(
+        write("stop.yaml", "trainer: {callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/mIoU}}]}"),
+        (*DATA, "--config", "stop.yaml"),
+        "the callback EarlyStopping has monitor val/mIoU, which this run does not log; give one of `",
     ),
     "no end": Mistake(
         keep, (*DATA, "--trainer.max_epochs", "-1"), "a training needs an end; give --trainer.max_epochs or", 2

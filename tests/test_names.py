@@ -21,6 +21,8 @@ FCN = "lightning_atrous.heads.fcn.FCN"
         (["--model.aux_head", "null"], ["--model.aux_head", "null"]),
         (["--model.head", "my.module.Head"], ["--model.head", "my.module.Head"]),
         (["--model.head.rates", "fcn"], ["--model.head.rates", "fcn"]),
+        (["--model.head", "{class_path: fcn}"], ["--model.head", f"{{class_path: {FCN}}}"]),
+        (["--model.head=[fcn, x.Y]"], [f"--model.head=[{FCN}, x.Y]"]),
         (["--other", "fcn", "fcn"], ["--other", "fcn", "fcn"]),
     ],
 )

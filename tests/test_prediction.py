@@ -151,10 +151,14 @@ def test_names_are_relative_to_what_was_given(here: Path) -> None:
     assert names("photos/[x].png") == ["[x]"]
 
 
-def test_two_inputs_of_one_name_are_refused(here: Path, fails: Callable[..., str]) -> None:
+def test_two_inputs_of_one_name_keep_their_suffixes(here: Path) -> None:
     photo(here / "photos/a.jpg")
-    error = fails("m.ckpt", "photos", code=2)
-    assert "photos/a.jpg and photos/a.png would both be written as a.png" in error
+    main(["predict", "m.ckpt", "photos"])
+    names = ["a.jpg.png", "a.png.png", "day 1/b.x.png", "day 1/deep/c.png"]
+    assert written(here / "predictions/index") == names
+
+
+def test_inputs_that_nothing_tells_apart_are_refused(here: Path, fails: Callable[..., str]) -> None:
     photo(here / "other/a.png")
     assert "photos/a.png and other/a.png would both be" in fails("m.ckpt", "photos/*.png", "other", code=2)
     assert not (here / "predictions").exists()
@@ -202,6 +206,23 @@ def test_what_cannot_be_read_is_named_and_the_rest_is_done(
     assert written(here / "predictions/index") == ["a.png", "d.png"]
     assert "more/c.png" not in fails("m.ckpt", "more", "--reader", "convert", code=1)
     assert read(here / "predictions/overlay/c.png").shape == (30, 40, 3)
+
+
+def test_a_link_to_nowhere_is_named_at_the_end(here: Path, fails: Callable[..., str]) -> None:
+    (here / "photos/gone.png").symlink_to(here / "nowhere.png")
+    error = fails("m.ckpt", "photos", code=1)
+    assert "photos/gone.png does not exist" in error
+    assert "1 of 4 images could not be predicted" in error
+
+
+def test_predicting_leaves_every_module_in_its_mode(here: Path) -> None:
+    task = lightning_atrous.load("m.ckpt").train()
+    frozen = next(module for module in task.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    inside = task.predict(np.zeros((40, 56, 3), np.uint8))
+    assert task.training
+    assert task.model.head.training
+    assert not frozen.training
+    assert (inside == task.eval().predict(np.zeros((40, 56, 3), np.uint8))).all()
 
 
 @pytest.mark.parametrize("precision", ["bf16", "16"])
@@ -281,7 +302,7 @@ def test_predict_gives_back_what_it_was_given() -> None:
     image = torch.randint(0, 256, (2, 3, 41, 57), dtype=torch.uint8)
     batch = task.predict(image)
     assert (batch.shape, batch.dtype) == ((2, 41, 57), torch.int64)
-    assert not task.training
+    assert task.training  # as it was
     assert not batch.requires_grad
     assert torch.equal(batch, task(image).argmax(1))
     one = task.predict(image[0])

@@ -243,7 +243,7 @@ class SegmentationData(LightningDataModule, ABC):
         ranks, rank = self._ranks()
         if (length := len(cast(Any, dataset))) < ranks:
             raise ValueError(
-                f"the {split} split has {length} images for {ranks} processes, expected one each at least; "
+                f"the {split} split has {length} image{'s' * (length != 1)} for {ranks} processes, expected one each; "
                 f"give --trainer.devices {length}"
             )
         sampler: Sampler[int] = SequentialSampler(cast(Any, dataset))

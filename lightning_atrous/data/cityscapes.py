@@ -141,6 +141,13 @@ class Cityscapes(SegmentationData):
         masks = {kind: [labels / f"{name}_gtFine_{kind}.png" for name in names] for kind in KINDS}
         # the first kind wins a tie, as where every image has both
         kind = max(KINDS, key=lambda kind: sum(path.is_file() for path in masks[kind]))
+        (other,) = set(KINDS) - {kind}
+        for mask, instead in zip(masks[kind], masks[other], strict=True):
+            if instead.is_file() and not mask.is_file():
+                raise ValueError(
+                    f"the {split} split has {kind} for some images and {other} for others, such as {instead}; give all "
+                    "of them one kind"
+                )
         label_map, hints = KINDS[kind]
         pairs = [FilePair(*files) for files in zip(names, images, masks[kind], strict=True)]
         return FileDataset(pairs, CITYSCAPES, label_map=label_map, hints=hints)
@@ -149,9 +156,12 @@ class Cityscapes(SegmentationData):
 def _where(root: Path) -> str:
     """What to do where the root does not hold the images: the folder one step off that does, if there is one."""
     above = root.absolute().parent
-    below = [child for child in sorted(root.iterdir()) if (child / "leftImg8bit").is_dir()]
+    parts = {name: [c for c in sorted(root.iterdir()) if (c / name).is_dir()] for name in ("leftImg8bit", "gtFine")}
+    below = [child for child in parts["leftImg8bit"] if child in parts["gtFine"]]
     if (above / "leftImg8bit").is_dir():
         return f"{above} has it, pass that as root"
     if below:
         return f"{below[0]} has it, pass that as root"
+    if parts["leftImg8bit"] and parts["gtFine"]:
+        return f"move it here from {parts['leftImg8bit'][0]}, and gtFine from {parts['gtFine'][0]}"
     return "pass as root what holds leftImg8bit/ and gtFine/, as they are unpacked"
