@@ -304,7 +304,7 @@ def test_predict_gives_back_what_it_was_given() -> None:
     assert (batch.shape, batch.dtype) == ((2, 41, 57), torch.int64)
     assert task.training  # as it was
     assert not batch.requires_grad
-    assert torch.equal(batch, task(image).argmax(1))
+    assert torch.equal(batch, task.eval()(image).argmax(1))
     one = task.predict(image[0])
     assert torch.equal(one, batch[0])
     array = np.ascontiguousarray(image[0].permute(1, 2, 0).numpy())
