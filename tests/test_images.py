@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import re
-import resource
 import struct
 import sys
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import full_disk
 from PIL import Image
 
 from lightning_atrous.images import RGB, Reader, as_image, write_png
@@ -351,20 +350,10 @@ def test_a_png_comes_back_as_it_was(tmp_path: Path, array: np.ndarray) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["c.png"]
 
 
-@pytest.fixture
-def full_disk() -> Iterator[None]:
-    """No file may grow beyond 2000 bytes."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.mark.usefixtures("full_disk")
 def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     write_png(path, pixels(5, 7))
-    with pytest.raises(ValueError, match=r"a\.png cannot be written \(File too large\); make room"):
+    with full_disk(2000), pytest.raises(ValueError, match=r"a\.png cannot be written \(File too large\); make room"):
         write_png(path, pixels(90, 90))
     assert np.array_equal(np.asarray(Image.open(path)), pixels(5, 7))
     assert list(tmp_path.iterdir()) == [path]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import shutil
 import warnings
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY
+from conftest import TINY, full_disk
 from made import make_cityscapes
 from PIL import Image
 
@@ -498,13 +497,8 @@ def test_a_full_disk_is_one_sentence(limit: int, here: Path, capsys: pytest.Capt
     """No file may grow beyond a limit: the checkpoint of the run so far stays as good as it was."""
     main([*DATA, "--trainer.max_epochs", "1"])
     capsys.readouterr()
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(SystemExit) as stop:
-            main([*DATA, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(limit), pytest.raises(SystemExit) as stop:
+        main([*DATA, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
     error = capsys.readouterr().err
     assert stop.value.code == 1
     assert "cannot be written (File too large); make room" in error

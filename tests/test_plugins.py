@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import full_disk
 from torch import nn
 
 from lightning_atrous.backbone import TimmBackbone
@@ -68,12 +68,7 @@ def test_a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_last_one(tmp_path
     path = tmp_path / "a" / "last.ckpt"
     writer = WholeCheckpointIO()
     writer.save_checkpoint({"weights": torch.ones(3)}, path)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(ValueError, match=r"last\.ckpt cannot be written \(File too large\); make room"):
-            writer.save_checkpoint({"weights": torch.ones(100_000)}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(100_000), pytest.raises(ValueError, match=r"last\.ckpt cannot be written \(File too large\); make"):
+        writer.save_checkpoint({"weights": torch.ones(100_000)}, path)
     assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
     assert torch.load(path)["weights"].tolist() == [1, 1, 1]
