@@ -92,7 +92,8 @@ largest value at every position of the strided network's grid.
 
 *dilate* rewrites convolutions into atrous ones; *phases* runs whole stages, as they are, on every sub-grid, so that
 squeeze-excite, group norm and attention take in one sub-grid, as they did in the strided network. timm's own option
-takes their statistics over the denser map, which is a part of what it differs by in such networks.
+takes their statistics over the denser map, which is a part of what it differs by in such networks. A network that takes
+images of one size alone is refused as a backbone, whatever its strides.
 
 | | exact at 16 | exact at 8 |
 |---|---|---|
@@ -108,7 +109,7 @@ def page(rows: list[Row], failed: dict[str, str]) -> str:
     lines.append(_counts("**lightning-atrous**", both))
     lines.append(_counts("timm's own", [sum(row.timms[s] == "exact" for row in rows) for s in STRIDES]))
     wrong = [sum("differs" in row.timms[s] for row in rows) for s in STRIDES]
-    lines.append(_counts("timm's own, accepted and another function", wrong))
+    lines.append(_counts("timm's own, accepted, and differs", wrong))
     inexact = [row.name for row in rows for error in row.errors.values() if error > EXACT]
     worst = max((error for row in rows for error in row.errors.values()), default=0)
     lines += [
