@@ -488,6 +488,8 @@ def test_what_is_spoilt_was_good(here: Path) -> None:
     main(PREDICT)
     make_cityscapes(here / "city")
     main([*CITY, "--run_dir", "runs/city", "--trainer.log_every_n_steps", "1"])
+    assert {path.parent.parent.name for path in (here / "runs").rglob("last.ckpt")} == {"data", "city"}
+    assert len(list((here / "predictions/index").rglob("*.png"))) == 6
     no_half_files(here)
 
 
