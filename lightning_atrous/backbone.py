@@ -19,13 +19,21 @@ import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
-from lightning_atrous.dilation import Dilation
+from lightning_atrous.dilation import Dilation, Execution
 from lightning_atrous.registry import close_matches
 from lightning_atrous.types import FeatureInfo, Features, Preprocess
 
 __all__ = ["TimmBackbone", "convert_sync_batchnorm", "list_backbones"]
 
-GRIDS = ((1, 65, 131), (1, 321, 387), (32, 96, 160), (64, 192, 320), (128, 384, 640), (256, 256, 768))
+GRIDS = (
+    (1, 65, 131),
+    (1, 321, 387),
+    (32, 96, 160),
+    (64, 192, 320),
+    (128, 384, 640),
+    (256, 256, 768),
+    (14, 98, 210),
+)
 """Multiples that networks want of an image's sides, with sides that are such and no larger ones; tried in turn."""
 
 _OURS = {
@@ -51,13 +59,19 @@ class TimmBackbone(nn.Module):
         name: As timm names it, with a weight tag if wanted (``resnet50.a1_in1k``).
         output_stride: Image pixels per pixel of the last map: what the network has by itself (mostly 32), or a
             smaller power of two, by atrous convolution. Can be changed at any time, with the same weights.
-        method: How a stride is given up: ``dilate`` rewrites convolutions into atrous ones, ``phases`` runs whole
-            stages as they are on every sub-grid of the denser map; ``auto`` takes the first of the two that is exact
-            for this network. They differ at the image's borders, so a checkpoint keeps which one it was trained with.
+        method: How a stride is given up: ``dilate`` makes convolutions atrous, ``phases`` runs what follows as it is on
+            every sub-grid of the denser map; ``auto`` takes the first of the two that is exact for this network. By
+            name, ``dilate`` may also take statistics over denser maps. A checkpoint keeps by which it was trained.
         pretrained: ``true`` for timm's weights from its hub, ``false`` for none, or the path of a timm state dict
             (``.safetensors``, ``.pth``) of the very network. Loaded strictly.
         in_channels: Of the image. timm adapts pretrained weights to other numbers than 3.
         timm_options: Further options of the network's own constructor in timm, such as ``{pad_type: same}``.
+        multi_grid: Factors to the atrous rates of the last stage's blocks, in turn; (1, 2, 4) in DeepLabV3.
+        hdc: Atrous rates in place of their own for the blocks of whole stages, in turn, by the stride that the stage
+            has in the network as it comes; ``{16: [1, 2, 5, 9], 32: [5, 9, 17]}`` in the HDC paper. Not by ``phases``.
+        hdc_at: The output stride for which ``hdc`` is given; at a finer one the taps stay where they are in the image.
+        execution: How ``dilate`` is computed: by ``dilated`` kernels, by plain ones on maps ``split`` into their
+            sub-grids, or, by ``auto``, by whichever is faster. The numbers are the same.
 
     Raises:
         ValueError: An unknown network or option; weights that do not fit or cannot be had; a stride that this
@@ -73,6 +87,10 @@ class TimmBackbone(nn.Module):
         pretrained: bool | str | os.PathLike[str] = True,
         in_channels: int = 3,
         timm_options: dict[str, Any] | None = None,
+        multi_grid: tuple[int, ...] = (1,),
+        hdc: dict[int, tuple[int, ...]] | None = None,
+        hdc_at: int = 8,
+        execution: Execution = "auto",
     ) -> None:
         super().__init__()
         self.name, self.in_channels, self.timm_options = name, in_channels, dict(timm_options or {})
@@ -88,14 +106,24 @@ class TimmBackbone(nn.Module):
         # asked of the class of the format, not of timm: `Format.NHWC` is a string enumeration
         self._channels_first = str(getattr(self.net, "output_fmt", None) or "NCHW").endswith("NCHW")
         self.method = method
+        self.multi_grid, self.hdc_at = tuple(multi_grid), hdc_at
+        self.hdc = {int(stride): tuple(rates) for stride, rates in (hdc or {}).items()}
         self._grid = self._smallest_grid()
         self.dilation = self._probe()
+        self.dilation.execution = execution
         if output_stride != self.dilation.output_stride:
             self.output_stride = output_stride
 
     def _probe(self) -> Dilation:
         try:
-            return Dilation(self.net, method=self.method, in_channels=self.in_channels)
+            return Dilation(
+                self.net,
+                method=self.method,
+                in_channels=self.in_channels,
+                multi_grid=self.multi_grid,
+                hdc=self.hdc,
+                hdc_at=self.hdc_at,
+            )
         except ValueError as error:
             raise ValueError(f"{self.name} cannot be used as a backbone: {error}") from error
 
@@ -148,6 +176,10 @@ class TimmBackbone(nn.Module):
             "pretrained": False,
             "in_channels": self.in_channels,
             "timm_options": self.timm_options or None,
+            "multi_grid": self.multi_grid,
+            "hdc": self.hdc or None,
+            "hdc_at": self.hdc_at,
+            "execution": self.dilation.execution,
         }
 
     def forward(self, image: Tensor) -> Features:
@@ -183,12 +215,13 @@ def _check_options(options: Mapping[str, Any]) -> None:
 
 def _create_features(name: str, in_channels: int, options: Mapping[str, Any]) -> Any:
     """The network as features, of a kind that takes images of any size where it has the choice."""
-    try:
-        # of networks with windows, which then pad to whole ones by themselves
-        return _create(name, in_channels, {"features_only": True, "strict_img_size": False, **options})
-    except ValueError as error:
-        if "'strict_img_size'" not in str(error.__cause__):
-            raise
+    for choice in ("strict_img_size", "dynamic_img_size"):  # networks of windows, and of patches
+        try:
+            wanted = {choice: choice.startswith("dynamic")}
+            return _create(name, in_channels, {"features_only": True, **wanted, **options})
+        except ValueError as error:
+            if f"'{choice}'" not in str(error.__cause__):
+                raise
     return _create(name, in_channels, {"features_only": True, **options})
 
 

@@ -230,15 +230,6 @@ class Functional(nn.Module):
 @pytest.mark.parametrize(
     ("op", "words"),
     [
-        (Gated(), r"departs first at '6\.fc' \(Conv2d\), whose input is statistics over the whole map"),
-        (
-            nn.GroupNorm(2, 4),
-            r"departs first at '6' \(GroupNorm\), which takes statistics over the whole map",
-        ),
-        (
-            nn.InstanceNorm2d(4),
-            r"departs first at '6' \(InstanceNorm2d\), which takes statistics over the whole map",
-        ),
         (nn.ConvTranspose2d(4, 4, 2, stride=2), r"departs first at '6' \(ConvTranspose2d\)"),
         (Functional(), r"departs first at '6' \(Functional\)"),
     ],
@@ -258,17 +249,39 @@ def test_other_functions_are_refused_by_name(op, words):
     assert torch.equal(maps(net, x)[0], expected)
 
 
-def test_squeeze_excite_of_timm_runs_on_phases_alone():
-    net = timm_net("mobilenetv3_small_050")
-    dilation = Dilation(net, method="dilate")
-    with pytest.raises(DilationError, match=r"by dilate: .*se\.conv_reduce.*statistics over the whole map"):
-        dilation.output_stride = 8
-    assert dilation.supported() == (32,)
-    dilation = Dilation(net)
+@pytest.mark.parametrize("op", [Gated(), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4)], ids=lambda op: type(op).__name__)
+def test_dense_statistics_are_had_by_name_alone(op):
+    """Dilated, an op sees the whole denser map: another function, and said to be. By phases, each sub-grid."""
+    net = random_doubles(nn.Sequential(*chain(), nn.Conv2d(4, 4, 3, stride=2, padding=1), op, nn.Conv2d(4, 4, 3)))
+    x = torch.randn(1, 3, 64, 64, dtype=torch.double)
+    strided, native = maps(net, x)[0], Dilation(net).native
+    dilation = set_output_stride(net, native // 4, method="dilate")
+    assert dilation.method == "dilate"
+    assert dilation.dense_statistics
+    departs = maps(net, x)[0][..., ::4, ::4] - strided
+    assert departs.abs().max() > 1e-4 * strided.abs().max()
+    assert max(dilation.errors()) > 1e-4  # that of the forward that runs
+    features = net[:-2](x)
+    assert torch.equal(maps(net, x)[0], net[-1](op(features)))
+    dilation.output_stride = native
+    assert not dilation.dense_statistics
+    dilation = set_output_stride(net, native // 4)
+    assert dilation.method == "phases"
+    assert not dilation.dense_statistics
+    torch.testing.assert_close(maps(net, x)[0][..., ::4, ::4], strided, rtol=1e-8, atol=1e-12)
+
+
+def test_squeeze_excite_of_timm():
+    dilation = Dilation(timm_net("mobilenetv3_small_050"))
     assert dilation.supported() == (8, 16, 32)
     assert dilation.method is None
     dilation.output_stride = 16
     assert dilation.method == "phases"
+    dilation = set_output_stride(timm_net("mobilenetv3_small_050"), 16, method="dilate")
+    assert dilation.dense_statistics
+    # its statistics are in the forward of a module that has a kernel too, so that nothing tells them apart
+    with pytest.raises(DilationError, match=r"by dilate: .*fc1.*statistics over the whole map"):
+        set_output_stride(timm_net("resnest14d"), 8, method="dilate")
 
 
 class Twice(nn.Module):
@@ -285,7 +298,7 @@ class Twice(nn.Module):
 
 def test_an_op_at_two_strides_is_refused():
     net = Twice()
-    dilation = Dilation(net)
+    dilation = Dilation(net, method="dilate")
     with pytest.raises(DilationError, match=r"'shared' \(Conv2d\) is called at the strides \[2, 4\]"):
         dilation.output_stride = 4
     assert dilation.output_stride == 8

@@ -9,18 +9,18 @@ Sources: Holschneider et al. 1989 (algorithme à trous); Chen et al., DeepLab (a
 DeepLabv3 (arXiv:1706.05587, section 3.1). Unlike many implementations, an op that gives up its stride keeps
 the dilation of its own input: only what comes after it is dilated.
 
-Two methods reach that. *Dilate* rewrites every op by arithmetic on its attributes. What takes statistics over the
-map (squeeze-excite, group norm, attention) then sees a denser map, hence other numbers, and is refused. *Phases*
-leaves whole stages as they are and runs them on every sub-grid of the denser map, each of which is a map as the
-strided network had it: statistics and attention are those of one sub-grid. The two agree on the grid of the
-strided network and inside the map; at its right and lower border they differ, for a shifted sub-grid sees zeros
-where the image has ended. By default the first of the two is taken that is exact.
+Two methods reach that. *Dilate* rewrites every op by arithmetic on its attributes. What takes statistics over the map
+(squeeze-excite, group norm, attention) then sees a denser map, hence gives other numbers, and is refused unless it is
+asked for by name. *Phases* dilates nothing: what gives up its stride takes its map apart into sub-grids, which go on as
+further images of the batch. Each is a map as the strided network has it, statistics and attention too. By default the
+first of the two is taken that is exact. Where nothing takes statistics the two are one function, borders included, and
+*dilate* is computed in the second way where that is faster (`Dilation.execution`).
 
 No family of networks is known here. Every op and every stage is placed by the sizes of the maps it meets in one
 run, and the whole is proved on weights drawn at random.
 """
 
-from lightning_atrous.dilation.network import Dilation, Method, set_output_stride
+from lightning_atrous.dilation.network import Dilation, Execution, Method, set_output_stride
 from lightning_atrous.dilation.ops import DilationError
 
-__all__ = ["Dilation", "DilationError", "Method", "set_output_stride"]
+__all__ = ["Dilation", "DilationError", "Execution", "Method", "set_output_stride"]

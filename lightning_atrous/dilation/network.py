@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_atrous.dilation.blocks import spread
+from lightning_atrous.dilation.forms import Changes, apart, dilated, either, strided
+from lightning_atrous.dilation.layout import Layout
 from lightning_atrous.dilation.ops import DilationError
-from lightning_atrous.dilation.phases import Phases, cover
 from lightning_atrous.dilation.probe import probe
 from lightning_atrous.dilation.proof import (
     TOLERANCE,
@@ -21,12 +24,30 @@ from lightning_atrous.dilation.proof import (
     run,
     trace,
 )
-from lightning_atrous.dilation.rewrite import rewrite
+from lightning_atrous.dilation.statistics import per_grid
 
-__all__ = ["Dilation", "Method", "set_output_stride"]
+__all__ = ["Dilation", "Execution", "Method", "set_output_stride"]
 
 Method = Literal["dilate", "phases"]
 METHODS: tuple[Method, ...] = ("dilate", "phases")
+
+Execution = Literal["auto", "dilated", "split"]
+EXECUTIONS: tuple[Execution, ...] = ("auto", "dilated", "split")
+
+DEPTHS = (8, 3, 2, 1, 0)
+"""How deep to look for what gives up its stride, the cheapest first."""
+
+
+class _Way(NamedTuple):
+    """How an output stride is reached."""
+
+    method: Method
+    depth: int = DEPTHS[0]
+    """Of phases."""
+    dense: bool = False
+    """Whether statistics are taken over denser maps than in the strided network."""
+    split: frozenset[bool] = frozenset()
+    """In which modes (of training) the dilated network is the same on sub-grids."""
 
 
 class Dilation:
@@ -39,12 +60,18 @@ class Dilation:
 
     Args:
         module: The network as it comes, not dilated yet, and such that `copy.deepcopy` takes it.
-        method: How a new output stride is reached: *dilate* rewrites the ops, *phases* runs whole stages, as they
-            are, on every sub-grid of the denser map; *auto* takes the first of the two that is exact.
+        method: How a new output stride is reached: *dilate* dilates the kernels, *phases* runs what follows a lost
+            stride on every sub-grid of its map; *auto* takes the first of the two that is exact. Asked for by name,
+            *dilate* may also take statistics over denser maps (see `dense_statistics`).
         in_channels: ``C``.
+        multi_grid: Factors to the rates of the blocks of the last stage, in turn (DeepLabv3, section 3.2.1).
+        hdc: Rates of the blocks of whole stages, in turn, in place of their own, by the stride that the stage has in
+            the strided network: ``{16: (1, 2, 5, 9), 32: (5, 9, 17)}`` (Wang et al. 2018, arXiv:1702.08502).
+        hdc_at: The output stride at which ``hdc`` is quoted; at others the taps stay where they are in the image.
 
     Raises:
-        DilationError: The network runs on none of the probe's images, or its outputs are no maps.
+        DilationError: The network runs on none of the probe's images, its outputs are no maps, or it has no blocks
+            that could be given other rates.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3, 2, padding=1))
@@ -59,7 +86,16 @@ class Dilation:
     native: int
     """The coarsest reduction among the outputs of the strided network."""
 
-    def __init__(self, module: nn.Module, *, method: Literal["auto"] | Method = "auto", in_channels: int = 3) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        method: Literal["auto"] | Method = "auto",
+        in_channels: int = 3,
+        multi_grid: Sequence[int] = (1,),
+        hdc: Mapping[int, Sequence[int]] | None = None,
+        hdc_at: int = 8,
+    ) -> None:
         if method not in ("auto", *METHODS):
             raise ValueError(f"there is no method '{method}'; give one of auto, {', '.join(METHODS)}")
         self._module = module
@@ -67,8 +103,15 @@ class Dilation:
         self._in_channels = in_channels
         self._probe = probe(module, in_channels)
         self.native = max(self._probe.reductions)
+        spread(self._probe, self.native, multi_grid=multi_grid, hdc=hdc or {}, hdc_at=hdc_at)
+        self._layout = Layout([False])
+        self._execution: Execution = "auto"
+        self._preferred = {True: True, False: True}
+        self._ways: dict[int, _Way] = {}
+        self._way = _Way(self._methods[0])
         self._output_stride = self.native
-        self._method: Method = self._methods[0]
+        if not hdc:
+            self._apply(self.native, self._way)
 
     @property
     def reductions(self) -> tuple[int, ...]:
@@ -78,7 +121,15 @@ class Dilation:
     @property
     def method(self) -> Method | None:
         """What the present output stride is reached by; None at the network's own."""
-        return None if self._output_stride == self.native else self._method
+        return None if self._output_stride == self.native else self._way.method
+
+    @property
+    def dense_statistics(self) -> bool:
+        """Whether squeeze-excite, group norm and the like take in denser maps than in the strided network.
+
+        Then the network is another function, on its grid too: all else in it is exact.
+        """
+        return self.method == "dilate" and self._way.dense
 
     @property
     def output_stride(self) -> int:
@@ -92,74 +143,145 @@ class Dilation:
 
     @output_stride.setter
     def output_stride(self, output_stride: int) -> None:
-        choices = [2**i for i in range(self.native.bit_length())]
+        choices = self.choices
         if output_stride not in choices:
             raise ValueError(f"this network has no output stride {output_stride!r}; choose one of {choices}")
-        method = self._method if output_stride in (self._output_stride, self.native) else self._first(output_stride)
-        self._apply(output_stride, method)
+        self._apply(output_stride, self._way_to(output_stride))
+
+    @property
+    def choices(self) -> list[int]:
+        """The output strides that can be tried."""
+        halvings = [self.native]
+        while halvings[0] % 2 == 0:
+            halvings.insert(0, halvings[0] // 2)
+        return halvings
+
+    @property
+    def execution(self) -> Execution:
+        """How *dilate* is computed, settable; the numbers are the same.
+
+        *dilated*: by dilated kernels, always. *split*: by plain kernels on sub-grids, wherever that is proved to be the
+        same: images whose sides `native` divides, no statistics over maps, in training no drop-path. *auto*: as
+        *split*, but for what `prefer` was told. The method *phases* knows one way only.
+        """
+        return self._execution
+
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        if execution not in EXECUTIONS:
+            raise ValueError(f"there is no execution '{execution}'; give one of {', '.join(EXECUTIONS)}")
+        self._execution = execution
+        self._apply(self._output_stride, self._way)
+
+    @property
+    def alternatives(self) -> frozenset[bool]:
+        """The modes, by whether they are of training, that *auto* has a choice of executions for."""
+        has = self._execution == "auto" and self.method == "dilate"
+        return self._way.split if has else frozenset()
+
+    def prefer(self, split: bool, *, training: bool) -> None:
+        """Let *auto* run on sub-grids, or not, in training or out of it."""
+        self._preferred[training] = split
+        self._apply(self._output_stride, self._way)
 
     def supported(self) -> tuple[int, ...]:
-        """Which of 8, 16 and 32 can be set."""
-        return tuple(stride for stride in (8, 16, 32) if stride <= self.native and self._passes(stride))
+        """Which of the usual output strides can be set: 8, 16, 32, its own, and the half of that."""
+        usual = {8, 16, 32, self.native, self.native // 2}
+        return tuple(stride for stride in self.choices if stride in usual and self._passes(stride))
 
     def errors(self, *, dtype: torch.dtype = torch.float32) -> tuple[float, ...]:
         """How far each output is from the strided network's, on its grid, relative to its largest value.
 
-        Measured on weights and statistics drawn at random (always the same ones), on the CPU.
+        Measured on weights and statistics drawn at random (always the same ones), on the CPU, for the forward that
+        runs.
 
         Args:
             dtype: In float64 rounding is out of the way: what is exact measures 1e-12 or less.
         """
-        return self._measure(self._output_stride, self._method, dtype)
+        return self._measure(self._output_stride, self._way._replace(dense=False), dtype)
 
-    def _first(self, output_stride: int) -> Method:
-        """The first method that is exact as it runs."""
-        reasons, cause = [], None
-        for method in self._methods:
+    def _way_to(self, output_stride: int) -> _Way:
+        """The first way that is exact as it runs, proved once."""
+        if output_stride == self.native:
+            return self._way
+        if output_stride not in self._ways:
+            self._ways[output_stride] = self._first(output_stride)
+        return self._ways[output_stride]
+
+    def _first(self, output_stride: int) -> _Way:
+        reasons: dict[Method, str] = {}
+        cause = None
+        for way in self._candidates():
             try:
-                self._prove(output_stride, method)
+                self._prove(output_stride, way)
             except DilationError as error:
-                reasons.append(f"by {method}: {error}")
+                # of one method in several ways, the last reason is that of the way that asks for least
+                reasons[way.method] = f"by {way.method}: {error}" if not way.dense else reasons[way.method]
                 cause = error.__cause__
             else:
-                return method
+                return way._replace(split=frozenset(self._alike(output_stride, way)))
         raise DilationError(
-            f"output stride {output_stride} is not exact for this network, {'; '.join(reasons)}; its own output stride "
-            f"is {self.native}"
+            f"output stride {output_stride} is not exact for this network, {'; '.join(reasons.values())}; "
+            f"its own output stride is {self.native}"
         ) from cause
 
-    def _apply(self, output_stride: int, method: Method) -> None:
-        # all is worked out before anything is set: a contradiction leaves the module alone
-        native = output_stride == self.native
-        changes: list[dict[str, Any]] = [{} for _ in self._probe.ops]
-        covered: dict[nn.Module, Phases] = {}
-        if method == "dilate" and not native:
-            changes = [rewrite(op, output_stride) for op in self._probe.ops]
-        elif not native:
-            covered = cover(self._module, self._probe.stages, self._probe.ops, output_stride)
-        for stage in self._probe.stages:
-            vars(stage).pop("forward", None)
-        for op, change in zip(self._probe.ops, changes, strict=True):
-            vars(op.module).pop("forward", None)
-            for name, value in (op.settings | change).items():
-                setattr(op.module, name, value)
-        for stage, phases in covered.items():
-            stage.forward = phases
-        self._output_stride, self._method = output_stride, method
+    def _candidates(self) -> Iterator[_Way]:
+        if "dilate" in self._methods:
+            yield _Way("dilate")
+        if self._methods == ("dilate",):
+            yield _Way("dilate", dense=True)
+        if "phases" in self._methods:
+            yield from (_Way("phases", depth) for depth in DEPTHS)
 
-    def _measure(self, output_stride: int, method: Method, dtype: torch.dtype) -> tuple[float, ...]:
+    def _apply(self, output_stride: int, way: _Way) -> None:
+        # all is worked out before anything is set: a contradiction leaves the module alone
+        changes = self._form(output_stride, way)
+        for module in (self._module, *self._probe.stages, *(op.module for op in self._probe.ops)):
+            vars(module).pop("forward", None)
+        for op in self._probe.ops:
+            for name, value in op.settings.items():
+                setattr(op.module, name, value)
+        for module, change in changes.items():
+            for name, value in change.items():
+                setattr(module, name, value)
+        self._output_stride, self._way = output_stride, way
+
+    def _form(self, output_stride: int, way: _Way) -> Changes:
+        root, probe = self._module, self._probe
+        if output_stride == self.native:
+            return strided(probe)
+        if way.method == "phases":
+            return apart(root, probe, output_stride, way.depth)
+        modes = frozenset(training for training in way.split if self._runs_split(training))
+        if not modes:
+            return dilated(probe, output_stride)
+        return either(root, probe, output_stride, way.depth, self._layout, modes)
+
+    def _runs_split(self, training: bool) -> bool:
+        return self._execution == "split" or (self._execution == "auto" and self._preferred[training])
+
+    def _measure(self, output_stride: int, way: _Way, dtype: torch.dtype) -> tuple[float, ...]:
         twin, image = self._twin(dtype)
-        strided = channels_first(run(twin._module, image), twin._probe.channels_last)
-        twin._apply(output_stride, method)
-        dense = channels_first(run(twin._module, image), twin._probe.channels_last)
+        before = twin._run(image)
+        twin._apply(output_stride, way)
+        if way.dense:
+            grids = per_grid(twin._module, twin._probe.stages, twin._probe.ops, output_stride)
+            for module, forward in grids.items():
+                module.forward = forward
         steps = (native // now for native, now in zip(twin._probe.reductions, twin.reductions, strict=True))
-        return tuple(relative_error(d[..., ::k, ::k], s) for d, s, k in zip(dense, strided, steps, strict=True))
+        pairs = zip(twin._run(image), before, steps, strict=True)
+        return tuple(relative_error(d[..., ::k, ::k], s) for d, s, k in pairs)
+
+    def _run(self, image: Tensor, *, training: bool = False) -> tuple[Tensor, ...]:
+        return channels_first(run(self._module, image, training=training), self._probe.channels_last)
 
     def _twin(self, dtype: torch.dtype) -> tuple[Dilation, Tensor]:
         """The strided network with drawn weights, always the same, and an image ``(1, C, H, W)`` for it."""
         generator = torch.Generator().manual_seed(0)
         twin = copy.deepcopy(self, drawn(self._module, generator, dtype))
-        twin._apply(twin.native, twin._method)
+        for op in twin._probe.ops:
+            op.reach = None  # there need be no strided network with such rates
+        twin._apply(twin.native, twin._way)
         image = torch.empty(1, self._in_channels, *self._probe.size, dtype=dtype, device="cpu")
         image.uniform_(-2, 2, generator=generator)
         calibrate(twin._module, image, generator)
@@ -167,16 +289,16 @@ class Dilation:
 
     def _passes(self, output_stride: int) -> bool:
         try:
-            self._first(output_stride)
+            self._way_to(output_stride)
         except DilationError:
             return False
         return True
 
-    def _prove(self, output_stride: int, method: Method) -> None:
+    def _prove(self, output_stride: int, way: _Way) -> None:
         try:
-            error = max(self._measure(output_stride, method, torch.float32))
+            error = max(self._measure(output_stride, way, torch.float32))
             if TOLERANCE < error < 100 * TOLERANCE:  # a deep network magnifies rounding, which float64 has not
-                error = max(self._measure(output_stride, method, torch.float64))
+                error = max(self._measure(output_stride, way, torch.float64))
             if error <= TOLERANCE:
                 return
             what, cause = f"relative error {error:.1e}, where {TOLERANCE:.0e} is rounding", None
@@ -184,12 +306,36 @@ class Dilation:
             raise
         except Exception as raised:  # whatever a foreign module raises on maps that it was not made for
             what, cause = f"{type(raised).__name__}: {raised}", raised
-        twin, image = self._twin(torch.float32)
-        strided = trace(twin._module, image)
-        if method == "phases":  # nothing within is to be compared: its parts see other batches
+        if way.method == "phases":  # nothing within is to be compared: its parts see other batches
             raise DilationError(what) from cause
-        twin._apply(output_stride, method)
-        raise DilationError(what + departure(strided, trace(twin._module, image))) from cause
+        twin, image = self._twin(torch.float32)
+        before = trace(twin._module, image)
+        twin._apply(output_stride, way)
+        raise DilationError(what + departure(before, trace(twin._module, image))) from cause
+
+    def _alike(self, output_stride: int, way: _Way) -> Iterator[bool]:
+        """The modes, of training or not, in which a dilated network is the same on maps taken apart."""
+        if way.method != "dilate" or way.dense or any(n % self.native for n in self._probe.size):
+            return
+        try:
+            either(self._module, self._probe, output_stride, way.depth, self._layout, frozenset())
+        except DilationError:  # there is no such form
+            return
+        for training in (False, True):
+            twin, image = self._twin(torch.float32)
+            before = copy.deepcopy(twin._module.state_dict())
+            outcomes = []
+            for execution in EXECUTIONS[1:]:
+                twin._module.load_state_dict(before)
+                twin._execution = execution
+                twin._apply(output_stride, way._replace(split=frozenset({training})))
+                try:
+                    maps = twin._run(image, training=training)
+                except Exception:  # whatever a foreign module raises on a batch that it was not made for
+                    return
+                outcomes.append([*maps, *copy.deepcopy(twin._module.state_dict()).values()])
+            if all(relative_error(b.float(), a.float()) <= TOLERANCE for a, b in zip(*outcomes, strict=True)):
+                yield training
 
 
 def set_output_stride(

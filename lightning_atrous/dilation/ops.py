@@ -38,6 +38,10 @@ class Op:
     module: nn.Module
     settings: dict[str, Any]
     calls: set[Call] = field(default_factory=set)
+    times: int = 1
+    """By which its rate is multiplied (multi-grid)."""
+    reach: int | None = None
+    """Image pixels between its taps, where that is said for itself (HDC)."""
 
 
 class Stage(NamedTuple):

@@ -1,115 +1,142 @@
-"""Stages left as they are, run on every sub-grid of a denser map, and the results put together.
+"""Strides that drop nothing: the sub-grids that a stride would skip go on as further images of the batch.
 
-A strided network computes the map of one grid of image positions. Shifted by one pixel of the denser map, the same
-stage computes those between. Nothing in it is rewritten, so that whatever it does within a map of its own size
-(squeeze-excite, group norm, attention over windows) is what it was: exact at the positions of the strided network by
-construction. What it costs is that work before the stage's own stride is done once for each shift, and that a shifted
-grid sees zeros where the image has ended.
+A network of stride ``s`` computes one of ``s·s`` grids of image positions, and nothing in it knows which. So an op that
+gives up its stride by ``k`` computes the whole map, takes it apart into ``k·k`` grids, and what comes after runs on
+each of them as it is: no kernel is dilated, and squeeze-excite, group norm and attention see a map as the strided
+network has it. At the outputs the grids are put together. Where a stride is in a forward alone (patches that are merged
+by slices), the module that holds it is run, as it is, on shifted copies of its input; at worst the whole network is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lightning_atrous.dilation.grids import join, shifted
 from lightning_atrous.dilation.ops import DilationError, Op, Stage
 
-__all__ = ["cover"]
+__all__ = ["Joined", "Plan", "Shift", "plan"]
 
 
-def cover(
-    root: nn.Module, stages: Mapping[nn.Module, Stage], ops: Collection[Op], output_stride: int
-) -> dict[nn.Module, Phases]:
-    """The modules to run on phases, outermost first, so that no op is left at a stride beyond the wanted one.
+class Plan(NamedTuple):
+    """Where a network is taken apart."""
+
+    ops: tuple[Op, ...]
+    """That give up their strides."""
+    stages: tuple[Stage, ...]
+    """That run on shifted copies."""
+
+
+def plan(
+    root: nn.Module, stages: Mapping[nn.Module, Stage], ops: Collection[Op], output_stride: int, depth: int
+) -> Plan:
+    """The ops and stages at which a network is taken apart.
+
+    A module whose maps go in and come out at one stride is left alone, whatever it does in between (the keys of an
+    attention may stand at another stride than its queries).
 
     Args:
         root: The network.
         stages: Its modules that turn one map into another.
         ops: What mixes neighbours, and where.
         output_stride: The one that is wanted.
+        depth: How many strided stages deep an op may stand to be rewritten; beyond that its stage is run on copies.
+            At 0 the whole network is, and nothing in it is taken apart.
 
     Raises:
-        DilationError: An op that no such module holds.
+        DilationError: Nothing was found that could be taken apart.
     """
+    if depth == 0:
+        return Plan((), ())
     coarse = {op.module: op for op in ops if any(call.stride_out > output_stride for call in op.calls)}
-    beyond = {*coarse, *(module for module, stage in stages.items() if stage.stride_out > output_stride)}
-    found = _cover(root, stages, coarse, beyond, output_stride)
-    if isinstance(found, Op):
-        raise DilationError(
-            f"'{found.name}' ({type(found.module).__name__}) stands in no submodule that turns one map into another"
-        )
-    return {stage.module: Phases.of(stage, output_stride) for stage in found}
+    found = _search(root, stages, coarse, output_stride, depth)
+    if not found:
+        raise DilationError("no submodule turns one map into a coarser one")
+    return Plan(
+        tuple(place for place in found if isinstance(place, Op)),
+        tuple(place for place in found if isinstance(place, Stage)),
+    )
 
 
-def _cover(
-    module: nn.Module,
-    stages: Mapping[nn.Module, Stage],
-    coarse: Mapping[nn.Module, Op],
-    beyond: Collection[nn.Module],
-    output_stride: int,
-) -> list[Stage] | Op:
-    """The stages among a module's parts that hold whatever goes beyond the stride, or an op that is in none."""
-    chosen: list[Stage] = []
+def _search(
+    module: nn.Module, stages: Mapping[nn.Module, Stage], coarse: Mapping[nn.Module, Op], output_stride: int, depth: int
+) -> list[Op | Stage]:
+    found: list[Op | Stage] = []
     for child in module.children():
         stage = stages.get(child)
-        if not any(inner in beyond for inner in child.modules()):
+        if stage is not None and stage.stride_out <= max(stage.stride_in, output_stride):
             continue
-        if stage is not None and max(stage.stride_in, stage.stride_out) <= output_stride:
-            continue  # it sees and gives what it always did, whatever it does in between
-        if stage is not None and stage.stride_in >= output_stride:
-            chosen.append(stage)
-            continue
-        inside = coarse.get(child) or _cover(child, stages, coarse, beyond, output_stride)
-        if stage is not None and (isinstance(inside, Op) or not inside):
-            inside = [stage]
-        if isinstance(inside, Op):
-            return inside
-        chosen += inside
-    return chosen
+        if child in coarse:
+            op = coarse[child]
+            found += [op] if any(call.stride_out > call.stride_in for call in op.calls) else []
+        elif stage is not None and depth == 1:
+            found.append(stage)
+        else:
+            inside = _search(child, stages, coarse, output_stride, depth - (stage is not None))
+            found += inside or ([] if stage is None else [stage])
+    return found
 
 
 @dataclass(frozen=True)
-class Phases:
-    """A module's forward on the sub-grids of a denser map.
-
-    Args:
-        module: What is run, as it is.
-        step: Pixels of the dense input per pixel of the module's own.
-        shift: Pixels of the dense input per pixel of the dense output.
-        count: Pixels of the dense output per pixel of the module's own, along each axis.
-        channels_last: Whether the maps are ``(B, h, w, C)``.
-    """
+class Shift:
+    """A module's forward on shifted copies of its input, in place of dropping what lies between."""
 
     module: nn.Module
-    step: int
     shift: int
-    count: int
+    """Pixels of its input per pixel of the dense output."""
+    k: int
+    """Pixels of the dense output per pixel of its own, along each axis."""
     channels_last: bool
+    """Whether the maps are ``(B, h, w, C)``."""
 
     @classmethod
-    def of(cls, stage: Stage, output_stride: int) -> Phases:
+    def of(cls, stage: Stage, output_stride: int) -> Shift:
         """For a stage in a network of another output stride."""
-        return cls(
-            stage.module,
-            step=max(stage.stride_in // output_stride, 1),
-            shift=max(output_stride // stage.stride_in, 1),
-            count=max(stage.stride_out // output_stride, 1),
-            channels_last=stage.channels_last,
-        )
+        finest = max(stage.stride_in, output_stride)
+        return cls(stage.module, finest // stage.stride_in, stage.stride_out // finest, stage.channels_last)
 
     def __call__(self, x: Tensor, *rest: Any, **options: Any) -> Tensor:
+        """``(B, C, h, w)`` → ``(k·k·B, C, h', w')``."""
         if self.channels_last:
             x = x.permute(0, 3, 1, 2)
-        rows, columns = (-(-n // self.shift) for n in x.shape[-2:])
-        grids = shifted(x, step=self.step, shift=self.shift, count=self.count)
+        x = shifted(x, shift=self.shift, k=self.k)
         if self.channels_last:
-            grids = grids.permute(0, 2, 3, 1)
-        y = type(self.module).forward(self.module, grids, *rest, **options)
-        if self.channels_last:
-            y = y.permute(0, 3, 1, 2)
-        y = join(y, self.count)[..., :rows, :columns]
-        return y.permute(0, 2, 3, 1) if self.channels_last else y
+            x = x.permute(0, 2, 3, 1)
+        return type(self.module).forward(self.module, x, *rest, **options)
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The network's own forward, its outputs put together."""
+
+    module: nn.Module
+    reductions: Sequence[int]
+    """Of each output in the strided network."""
+    channels_last: Sequence[bool]
+    output_stride: int
+    shifts: int = 1
+    """The whole network on shifted images: how many, along each axis."""
+
+    def forward(self, image: Tensor, *rest: Any, **options: Any) -> Any:
+        """Of the root. A method, for torch reads the code of a network's forward when it exports it."""
+        images = shifted(image, shift=self.output_stride, k=self.shifts)
+        output = type(self.module).forward(self.module, images, *rest, **options)
+        if isinstance(output, Tensor):
+            return self._whole(output, image, self.reductions[0], self.channels_last[0])
+        kinds = zip(output, self.reductions, self.channels_last, strict=True)
+        maps = [self._whole(x, image, reduction, last) for x, reduction, last in kinds]
+        return maps if isinstance(output, list) else type(output)(maps)
+
+    def _whole(self, x: Tensor, image: Tensor, reduction: int, channels_last: bool) -> Tensor:
+        k = max(reduction // self.output_stride, 1)
+        if self.shifts > k:
+            x = x[: k * k * image.shape[0]]
+        if k == 1:
+            return x
+        x = join(x.permute(0, 3, 1, 2) if channels_last else x, k)
+        rows, columns = (-(-n // self.output_stride) for n in image.shape[-2:])
+        x = x[..., :rows, :columns]
+        return x.permute(0, 2, 3, 1) if channels_last else x

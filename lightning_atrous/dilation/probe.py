@@ -81,11 +81,16 @@ class _Recorder:
         }
 
     def stride(self, x: Tensor) -> int:
-        """Image pixels per pixel of the map, to the nearest power of two."""
-        exponents = self._exponents(x)
-        nearest = _nearest(exponents)
-        self.certain &= all(abs(exponent - math.log2(nearest)) < 0.2 for exponent in exponents)
-        return nearest
+        """Image pixels per pixel of the map: where that is no whole number, to the nearest power of two."""
+        stride = self._stride(x)
+        self.certain &= all(abs(exponent - math.log2(stride)) < 0.2 for exponent in self._exponents(x))
+        return stride
+
+    def _stride(self, x: Tensor) -> int:
+        (height, below), (width, right) = (divmod(whole, n) for whole, n in zip(self.size, x.shape[-2:], strict=True))
+        if height == width and not (below or right):
+            return height
+        return 2 ** max(round(sum(self._exponents(x)) / 2), 0)
 
     def _stage(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Stage | None:
         """The module as one that turns a map into a map, if it is and was not called before."""
@@ -97,7 +102,7 @@ class _Recorder:
         maps = channels_first((args[0], output), layouts)
         if layouts[0] != layouts[1] or not all(map(self._is_whole, maps)):
             return None
-        return Stage(module, _nearest(self._exponents(maps[0])), _nearest(self._exponents(maps[1])), layouts[0])
+        return Stage(module, self._stride(maps[0]), self._stride(maps[1]), layouts[0])
 
     def is_channels_last(self, x: Tensor) -> bool:
         """Whether the image's axes are the second and the third, and not the last two."""
@@ -127,10 +132,6 @@ class _Recorder:
             strides = zip(x.shape[-2:], output.shape[-2:], pair(vars(module).get("stride", 1)), strict=True)
             spare = pair([max(n - m * s, 0) for n, m, s in strides]) if fills or covers else None
             self.ops[module].calls.add(Call(stride_in, stride_out, spare, fills and _pads_itself(module, x)))
-
-
-def _nearest(exponents: list[float]) -> int:
-    return 2 ** max(round(sum(exponents) / 2), 0)
 
 
 def _fills(module: nn.Module, x: Tensor, output: Tensor) -> bool:

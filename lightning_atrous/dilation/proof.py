@@ -20,14 +20,15 @@ TOLERANCE = 1e-4
 _Hook = Callable[..., None]
 
 
-def run(module: nn.Module, image: Tensor) -> tuple[Tensor, ...]:
-    """The maps of a module, in eval mode; the random state is left alone.
+def run(module: nn.Module, image: Tensor, *, training: bool = False) -> tuple[Tensor, ...]:
+    """The maps of a module, in eval mode or in training; what is random is always the same, and the state left alone.
 
     Raises:
         ValueError: What comes out are no maps.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        output = module.eval()(image)
+        torch.manual_seed(0)
+        output = module.train(training)(image)
     maps = (output,) if isinstance(output, Tensor) else output
     if not isinstance(maps, (tuple, list)) or not maps or not all(is_map(x) for x in maps):
         raise ValueError(f"expected a map (B, C, h, w) or a sequence of maps, got {type(output).__name__}")

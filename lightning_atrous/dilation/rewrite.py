@@ -12,16 +12,45 @@ from torch import Tensor, nn
 from lightning_atrous.dilation.grids import join, split
 from lightning_atrous.dilation.ops import KERNELS, Call, DilationError, Op, pair
 
-__all__ = ["rewrite"]
+__all__ = ["keep", "rewrite", "take_apart"]
 
 
 def rewrite(op: Op, output_stride: int) -> dict[str, Any]:
-    """The attributes that an op takes on at an output stride.
+    """The attributes that an op takes on at an output stride, its kernel dilated.
 
     Raises:
         DilationError: It is called at several strides, which want different ones.
     """
-    first, *others = (_rewrite_call(op, call, output_stride) for call in op.calls)
+    return _one(op, output_stride, [_rewrite_call(op, call, output_stride) for call in op.calls])
+
+
+def keep(op: Op) -> dict[str, Any]:
+    """The attributes of an op that gives up nothing and is dilated only by what it was told: mostly none.
+
+    Raises:
+        DilationError: It is called at several strides, or its taps would stand between pixels.
+    """
+    coarsest = max(call.stride_out for call in op.calls)
+    return _one(op, coarsest, [_rewrite_call(op, call, max(call.stride_in, call.stride_out)) for call in op.calls])
+
+
+def take_apart(op: Op, output_stride: int) -> dict[str, Any]:
+    """The attributes of an op that gives up its stride, and takes its map apart in place of that.
+
+    Raises:
+        DilationError: It is called at several strides, which want different ones.
+    """
+    changes = []
+    for call in op.calls:
+        finest = max(call.stride_in, output_stride)
+        change = _rewrite_call(op, call, finest)
+        forward = _Apart(op.module, change.get("forward"), call.stride_out // finest, _sizes(op, call))
+        changes.append(change | {"forward": forward})
+    return _one(op, output_stride, changes)
+
+
+def _one(op: Op, output_stride: int, changes: list[dict[str, Any]]) -> dict[str, Any]:
+    first, *others = changes
     if any(other != first for other in others):
         strides = sorted({call.stride_in for call in op.calls})
         raise DilationError(
@@ -34,7 +63,8 @@ def rewrite(op: Op, output_stride: int) -> dict[str, Any]:
 def _rewrite_call(op: Op, call: Call, output_stride: int) -> dict[str, Any]:
     rate = max(call.stride_in // output_stride, 1)  # by which its input is denser
     given_up = max(call.stride_out // output_stride, 1) // rate  # of its own stride
-    if rate == given_up == 1:
+    taps = rate * op.times if op.reach is None else _whole_rate(op, min(call.stride_in, output_stride))
+    if taps == given_up == 1:
         return {}
     module, settings = op.module, op.settings
     if isinstance(module, nn.ConstantPad2d):
@@ -42,8 +72,19 @@ def _rewrite_call(op: Op, call: Call, output_stride: int) -> dict[str, Any]:
     if not isinstance(module, KERNELS) or getattr(module, "padding_mode", "zeros") != "zeros":
         stride = settings["stride"]
         less = stride // given_up if isinstance(stride, int) else tuple(s // given_up for s in stride)
-        return {"stride": less, "forward": _Forward(module, phases=rate)}
-    return _rewrite_kernel(op, call, rate, given_up)
+        return {"stride": less, "forward": _Forward(module, phases=taps)}
+    return _rewrite_kernel(op, call, taps, given_up)
+
+
+def _whole_rate(op: Op, stride: int) -> int:
+    assert op.reach is not None
+    rate, rest = divmod(op.reach, stride)
+    if rest or rate < 1:
+        raise DilationError(
+            f"the taps of '{op.name}' were told to stand {op.reach} image pixels apart, which are "
+            f"{op.reach / stride:g} pixels of a map of stride {stride}"
+        )
+    return rate
 
 
 def _rewrite_kernel(op: Op, call: Call, rate: int, given_up: int) -> dict[str, Any]:
@@ -145,3 +186,47 @@ class _Forward:
             y = y / forward(self.op, F.pad(ones, around))
         y = join(y[..., self.crop[0] :, self.crop[1] :], self.phases)
         return y[..., : y.shape[-2] - -height % self.phases, : y.shape[-1] - -width % self.phases]
+
+
+class _Size(NamedTuple):
+    """How many outputs the strided op has along an axis."""
+
+    reach: int
+    stride: int
+    padding: int
+    ceil: bool
+
+    def __call__(self, n: int) -> int:
+        free = n + 2 * self.padding - self.reach - 1
+        m = free // self.stride + 1
+        # torch drops a window that would begin behind the map
+        return m + (self.ceil and free % self.stride > 0 and m * self.stride < n + self.padding)
+
+
+def _sizes(op: Op, call: Call) -> list[_Size]:
+    """For both axes; of an op that pads by itself, or in ways that are not known here, one for each stride begun."""
+    module, settings = op.module, op.settings
+    strides = pair(settings["stride"])
+    if call.pads_itself or not isinstance(module, KERNELS):
+        return [_Size(s - 1, s, 0, ceil=True) for s in strides]
+    dilations, kernels = pair(settings.get("dilation", 1)), pair(module.kernel_size)
+    axes = zip(dilations, kernels, strides, _padding(op), strict=True)
+    return [_Size(d * (k - 1), s, p, settings.get("ceil_mode", False)) for d, k, s, p in axes]
+
+
+@dataclass(frozen=True)
+class _Apart:
+    """The forward of an op that gave up its stride, and the sub-grids of what comes out.
+
+    Each has as many pixels as the strided op gives, so that statistics are taken over no other.
+    """
+
+    op: nn.Module
+    forward: _Forward | None
+    k: int
+    sizes: list[_Size]
+
+    def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        y = type(self.op).forward(self.op, x, *rest) if self.forward is None else self.forward(x, *rest)
+        rows, columns = (self.k * size(n) for size, n in zip(self.sizes, x.shape[-2:], strict=True))
+        return split(y[..., :rows, :columns], self.k)
