@@ -57,8 +57,8 @@ class TimmBackbone(nn.Module):
 
     Args:
         name: As timm names it, with a weight tag if wanted (``resnet50.a1_in1k``).
-        output_stride: Image pixels per pixel of the last map: what the network has by itself (mostly 32), or a
-            smaller power of two, by atrous convolution. Can be changed at any time, with the same weights.
+        output_stride: Image pixels per pixel of the last map: what the network has by itself (mostly 32; ``null`` for
+            that), or a smaller power of two, by atrous convolution. Can be changed at any time, with the same weights.
         method: How a stride is given up: ``dilate`` makes convolutions atrous, ``phases`` runs what follows as it is on
             every sub-grid of the denser map; ``auto`` takes the first of the two that is exact for this network. By
             name, ``dilate`` may also take statistics over denser maps. A checkpoint keeps by which it was trained.
@@ -82,7 +82,7 @@ class TimmBackbone(nn.Module):
         self,
         name: str,
         *,
-        output_stride: int = 16,
+        output_stride: int | None = 16,
         method: Literal["auto", "dilate", "phases"] = "auto",
         pretrained: bool | str | os.PathLike[str] = True,
         in_channels: int = 3,
@@ -111,7 +111,7 @@ class TimmBackbone(nn.Module):
         self._grid = self._smallest_grid()
         self.dilation = self._probe()
         self.dilation.execution = execution
-        if output_stride != self.dilation.output_stride:
+        if output_stride not in (None, self.dilation.output_stride):
             self.output_stride = output_stride
 
     def _probe(self) -> Dilation:

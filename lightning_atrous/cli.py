@@ -19,6 +19,7 @@ from lightning_atrous.complaints import Complaint
 from lightning_atrous.heads import HEADS
 from lightning_atrous.prediction import predict
 from lightning_atrous.registry import close_matches
+from lightning_atrous.support import tell_support
 from lightning_atrous.training import TrainingCLI
 
 __all__ = ["main"]
@@ -33,6 +34,10 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _predict(arguments: Sequence[str]) -> None:
     predict(arguments[1:])
+
+
+def _support(arguments: Sequence[str]) -> None:
+    tell_support(arguments[1:])
 
 
 def _list(arguments: Sequence[str]) -> None:
@@ -60,6 +65,7 @@ VERBS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "validate": ("score a checkpoint on the validation images", _train),
     "test": ("score a checkpoint on the test images", _train),
     "predict": ("CHECKPOINT IMAGES...: class indices, colours and overlays of pictures", _predict),
+    "support": ("NETWORK...: which output strides a backbone takes, how exactly, and why not others", _support),
     "list": ("heads | backbones [PATTERN]: what can be put into a config", _list),
 }
 

@@ -18,7 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_atrous.accumulation import Accumulation
 from lightning_atrous.backbone import TimmBackbone
-from lightning_atrous.heads import HEADS, DeepLabV3Plus, HeadFactory
+from lightning_atrous.checkpoint import SPEC_KEY, check_classes, read_checkpoint
+from lightning_atrous.heads import DeepLabV3Plus, HeadFactory
 from lightning_atrous.images import RGB, Reader, as_image
 from lightning_atrous.losses import CrossEntropy, LossFactory, mean_over_ranks
 from lightning_atrous.metrics import SegmentationScore, class_iou, scores
@@ -33,13 +34,10 @@ from lightning_atrous.optim import (
     parameter_groups,
     realign,
 )
-from lightning_atrous.spec import build, describe
+from lightning_atrous.spec import describe
 from lightning_atrous.types import ClassInfo, Preprocess
 
-__all__ = ["Batch", "SegmentationTask", "check_classes", "read_checkpoint"]
-
-SPEC_KEY = "lightning_atrous"
-"""Where in a checkpoint the description stands from which the task is built again."""
+__all__ = ["Batch", "SegmentationTask"]
 
 
 class Batch(TypedDict):
@@ -68,6 +66,8 @@ class SegmentationTask(L.LightningModule):
         backbone_lr_factor: The backbone's learning rate in units of the optimiser's.
         decay_norm_and_bias: Whether weight decay also pulls at normalisation weights and biases.
         channels_last: Keep images and weights in the memory format that is faster for convolutions nearly everywhere.
+        eval_output_stride: Of the backbone while validating and testing; that of the training where not given. It is no
+            part of what a checkpoint describes.
 
     Raises:
         ValueError: Parts that do not fit together, or that a checkpoint could not describe.
@@ -89,6 +89,7 @@ class SegmentationTask(L.LightningModule):
         backbone_lr_factor: float = 1.0,
         decay_norm_and_bias: bool = False,
         channels_last: bool = True,
+        eval_output_stride: int | None = None,
     ) -> None:
         super().__init__()
         optimizer = optimizer or SGD_RECIPE
@@ -118,6 +119,10 @@ class SegmentationTask(L.LightningModule):
         self.channels_last = channels_last
         self._accumulation: Accumulation | None = None
         self._steps_trained = 0
+        self._trained_as: dict[str, Any] | None = None  # the backbone, while it is evaluated at another stride
+        self.eval_output_stride = eval_output_stride
+        self._begin_evaluation()  # what is refused is refused now, before a step is done
+        self._end_evaluation()
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self._factories = {
@@ -131,7 +136,7 @@ class SegmentationTask(L.LightningModule):
     def spec(self) -> dict[str, Any]:
         """The arguments that build this task again, without weights: plain values."""
         return {
-            "backbone": self.model.backbone.options(),
+            "backbone": self._trained_as or self.model.backbone.options(),
             **self._factories,
             "classes": dataclasses.asdict(self.classes),
             "reader": dataclasses.asdict(self.reader),
@@ -215,7 +220,7 @@ class SegmentationTask(L.LightningModule):
         """
         x = as_image(image, self.reader).to(self.device)
         batched = x.ndim == 4
-        labels = self.model.predict(self._memory_format(x if batched else x[None]))
+        labels = self.model.predict(self.in_memory_format(x if batched else x[None]))
         if isinstance(image, Tensor):
             return labels if batched else labels[0]
         return labels[0].cpu().numpy().astype(np.uint8 if len(self.classes) <= 256 else np.int32)
@@ -247,6 +252,24 @@ class SegmentationTask(L.LightningModule):
         if self._accumulation is not None:
             self._accumulation.settle(self.parameters(), self.trainer.accumulate_grad_batches)
 
+    def on_validation_start(self) -> None:
+        """Go to the output stride of evaluation."""
+        self._begin_evaluation()
+
+    def on_test_start(self) -> None:
+        """Go to the output stride of evaluation."""
+        self._begin_evaluation()
+
+    def _begin_evaluation(self) -> None:
+        if self.eval_output_stride is not None:
+            self._trained_as = self._trained_as or self.model.backbone.options()
+            self.model.output_stride = self.eval_output_stride
+
+    def _end_evaluation(self) -> None:
+        if self._trained_as is not None:
+            self.model.output_stride = self._trained_as["output_stride"]
+            self._trained_as = None
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score one batch."""
         self._evaluate(batch, "val")
@@ -262,18 +285,21 @@ class SegmentationTask(L.LightningModule):
         self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(batch["image"]))
 
     def _image(self, batch: Batch) -> Tensor:
-        return self._memory_format(batch["image"])
+        return self.in_memory_format(batch["image"])
 
-    def _memory_format(self, image: Tensor) -> Tensor:
+    def in_memory_format(self, image: Tensor) -> Tensor:
+        """An image ``(B, C, H, W)`` as the model wants it."""
         return image.contiguous(memory_format=torch.channels_last) if self.channels_last else image
 
     def on_validation_epoch_end(self) -> None:
-        """Log the scores of the whole data set."""
+        """Log the scores of the whole data set, and go back to the output stride of the training."""
         self._log_scores("val")
+        self._end_evaluation()
 
     def on_test_epoch_end(self) -> None:
-        """Log the scores of the whole data set."""
+        """Log the scores of the whole data set, and go back to the output stride of the training."""
         self._log_scores("test")
+        self._end_evaluation()
 
     def _log_scores(self, stage: str) -> None:
         k = len(self.classes)
@@ -342,39 +368,3 @@ class SegmentationTask(L.LightningModule):
                 f"the checkpoint was trained on images read with {reader}, but the data is read with {self.reader}; "
                 f"give the same data.reader"
             )
-
-
-def check_classes(spec: dict[str, Any], *, trust: Collection[str] = ()) -> dict[str, Any]:
-    """The factories that a task's description names: its heads, loss and optimiser.
-
-    Args:
-        spec: As from `SegmentationTask.spec`.
-        trust: Class paths from outside the package and its plug-ins that may be imported.
-
-    Raises:
-        ValueError: A class that may not or cannot be imported.
-    """
-    return {
-        name: spec[name] and build(spec[name], registry=HEADS, trust=trust)
-        for name in ("head", "aux_head", "loss", "optimizer")
-    }
-
-
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A checkpoint's content: plain values and tensors, on the CPU; nothing in it is executed.
-
-    Raises:
-        ValueError: A file that is missing, damaged or no checkpoint of this package.
-    """
-    if not os.path.isfile(path):
-        raise ValueError(f"there is no checkpoint at {path}; give the path of a .ckpt file that a run has written")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated archives, foreign pickles: each has its own error
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): it is damaged, or holds more than "
-            f"tensors and plain values; take another checkpoint of the run"
-        ) from error
-    if not isinstance(checkpoint, dict) or SPEC_KEY not in checkpoint:
-        raise ValueError(f"{path} was not written by lightning-atrous; it does not say what it is made of")
-    return checkpoint

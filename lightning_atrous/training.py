@@ -18,6 +18,7 @@ from lightning.pytorch.trainer import Trainer
 from torch.optim import SGD, Optimizer
 
 from lightning_atrous.callbacks import FinalValidation, LoggedStep, RunProgress, ScoreTable, WandbRun
+from lightning_atrous.checkpoint import SPEC_KEY, check_classes, read_checkpoint
 from lightning_atrous.complaints import Complaint, clarify
 from lightning_atrous.data import SegmentationData
 from lightning_atrous.heads import HEADS, DeepLabV3Plus, Head
@@ -28,8 +29,9 @@ from lightning_atrous.optim import SGD_RECIPE
 from lightning_atrous.plugins import SyncBatchNorm, WholeCheckpointIO
 from lightning_atrous.runs import CHECKPOINTS, find_checkpoint, fresh_directory
 from lightning_atrous.spec import describe
+from lightning_atrous.speed import FasterExecution
 from lightning_atrous.switches import class_paths, reset_replaced
-from lightning_atrous.task import SPEC_KEY, SegmentationTask, check_classes, read_checkpoint
+from lightning_atrous.task import SegmentationTask
 
 __all__ = ["TrainingCLI"]
 
@@ -141,6 +143,14 @@ class TrainingCLI(LightningCLI):
             help="Where the run writes; runs/<name of the config> where not given. A new run takes the next free "
             "number behind it, `--ckpt_path last` goes on in the newest.",
         )
+        parser.add_argument(
+            "--eval_output_stride",
+            type=int | None,
+            default=None,
+            help="The backbone's output stride while it is scored, such as 8 for a training at 16; that of the "
+            "training where not given.",
+        )
+        parser.link_arguments("eval_output_stride", "model.eval_output_stride")
         parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
         parser.link_arguments("data.reader", "model.reader", apply_on="instantiate")
         parser.set_defaults({"model.optimizer": describe(SGD_RECIPE)})
@@ -212,7 +222,7 @@ class TrainingCLI(LightningCLI):
         """The trainer with the run's checkpoints, progress, table and plugins."""
         self.config = self.resolved  # what is kept with a run does not name the run's own places
         config = self.config[self.subcommand].trainer
-        callbacks: list[Any] = [LoggedStep(), ScoreTable(), WandbRun(), FinalValidation()]
+        callbacks: list[Any] = [LoggedStep(), ScoreTable(), WandbRun(), FinalValidation(), FasterExecution()]
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if config.enable_checkpointing is not False and not config.fast_dev_run:

@@ -1,6 +1,6 @@
 """What every process of `test_distributed.py` runs: score an untrained model, train it for one epoch, save both.
 
-    python ddp_worker.py OUT --devices N --batch_size B [--accumulate A]
+    python ddp_worker.py OUT --devices N --batch_size B [--accumulate A] [--network NAME --output_stride S --method M]
 
 Everything is in float64 and without batch norm, so that one process and many may differ by rounding only.
 """
@@ -8,6 +8,8 @@ Everything is in float64 and without batch norm, so that one process and many ma
 from __future__ import annotations
 
 import argparse
+import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from lightning_atrous import ClassInfo, SegmentationTask, TimmBackbone
+from lightning_atrous import ClassInfo, SegmentationTask, TimmBackbone, speed
 from lightning_atrous.data import SegmentationData
 from lightning_atrous.data.base import Split
 from lightning_atrous.heads import Head
@@ -67,11 +69,11 @@ class Data(SegmentationData):
         return Uneven(TRAIN, 1) if split == "train" else Uneven(VAL, 2)
 
 
-def task() -> SegmentationTask:
+def task(network: str = "test_convnext", output_stride: int = 16, method: str = "auto") -> SegmentationTask:
     """The same weights in every process."""
     torch.manual_seed(5)
     return SegmentationTask(
-        TimmBackbone("test_convnext", output_stride=16, pretrained=False),
+        TimmBackbone(network, output_stride=output_stride, method=method, pretrained=False),
         Linear,
         aux_head=Linear,
         classes=CLASSES,
@@ -79,6 +81,12 @@ def task() -> SegmentationTask:
         optimizer=partial(torch.optim.SGD, lr=0.1),
         decay_norm_and_bias=True,
     ).double()
+
+
+def measured(*_: Any, training: bool) -> str:
+    """Dilated kernels are the faster in training, as the first process finds."""
+    assert os.environ.get("LOCAL_RANK", "0") == "0"
+    return "dilated" if training else "split"
 
 
 class Losses(Callback):
@@ -97,9 +105,13 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=1)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--network", default="test_convnext")
+    parser.add_argument("--output_stride", type=int, default=16)
+    parser.add_argument("--method", default="auto")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    module = task()
+    module = task(options.network, options.output_stride, options.method)
+    speed.fastest = measured  # else what it finds would differ from run to run
     L.seed_everything(7, verbose=False)  # of the order
     losses = Losses()
     trainer = L.Trainer(
@@ -109,7 +121,7 @@ def main() -> None:
         max_epochs=1,
         precision="64-true",
         accumulate_grad_batches=options.accumulate,
-        callbacks=[losses],
+        callbacks=[losses, speed.FasterExecution()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -123,6 +135,9 @@ def main() -> None:
     if trainer.is_global_zero:
         weights = {name: value.detach() for name, value in module.named_parameters()}
         torch.save({"confusion": confusion, "losses": losses.values, "weights": weights}, options.out)
+    dilation = module.model.backbone.dilation
+    preferred = {training: dilation.prefers(training) for training in dilation.alternatives}
+    options.out.with_suffix(f".{trainer.global_rank}.json").write_text(json.dumps(preferred))
 
 
 if __name__ == "__main__":

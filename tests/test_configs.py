@@ -12,9 +12,9 @@ import yaml
 from conftest import ROOT
 from PIL import Image
 
+from lightning_atrous.checkpoint import SPEC_KEY
 from lightning_atrous.cli import main
 from lightning_atrous.heads import HEADS
-from lightning_atrous.task import SPEC_KEY
 
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 README = (ROOT / "README.md").read_text()

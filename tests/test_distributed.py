@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -22,10 +23,12 @@ import lightning_atrous
 from lightning_atrous.optim import Poly
 
 
-def run(out: Path, devices: int, batch_size: int, accumulate: int) -> dict[str, Any]:
-    arguments = ("--devices", devices, "--batch_size", batch_size, "--accumulate", accumulate)
+def run(out: Path, devices: int, batch_size: int, accumulate: int, *backbone: object) -> dict[str, Any]:
+    names = ("--devices", "--batch_size", "--accumulate", "--network", "--output_stride", "--method")
+    pairs = zip(names, (devices, batch_size, accumulate, *backbone), strict=False)
+    arguments = [str(part) for pair in pairs for part in pair]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "ddp_worker.py"), str(out), *map(str, arguments)],
+        [sys.executable, str(ROOT / "tests" / "ddp_worker.py"), str(out), *arguments],
         env=environment(),
         capture_output=True,
         text=True,
@@ -43,9 +46,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, int],
     return {setting: run(folder / f"{i}.pt", *setting) for i, setting in enumerate(settings)}
 
 
-def by_hand(windows: list[range]) -> tuple[list[float], dict[str, Tensor]]:
+def by_hand(windows: list[range], *backbone: Any) -> tuple[list[float], dict[str, Tensor]]:
     """Training on whole windows of the epoch's order with torch alone: losses, and weights after the last."""
-    task = ddp_worker.task().train()
+    task = ddp_worker.task(*backbone).train()
     data = ddp_worker.Uneven(ddp_worker.TRAIN, 1)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(7)).tolist()
     weight = torch.tensor(ddp_worker.CLASS_WEIGHTS, dtype=torch.float64)
@@ -98,6 +101,27 @@ def test_losses_and_gradients_are_those_of_the_global_batch(devices: int, accumu
         torch.testing.assert_close(value, weights[name], rtol=1e-9, atol=1e-12, msg=lambda text, n=name: f"{n}: {text}")
     if accumulate == 1:
         assert result["losses"] == pytest.approx(losses, rel=1e-12)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        ("test_efficientnet_gn", 8, "phases"),  # group norm and squeeze-excite, each sub-grid for itself
+        ("test_efficientnet_gn", 8, "dilate"),  # over the dense map
+        ("test_convnext", 8, "dilate"),  # computed on sub-grids
+    ],
+    ids=lambda backbone: f"{backbone[0]} by {backbone[2]}",
+)
+def test_every_method_trains_on_several_processes(backbone: tuple[Any, ...], tmp_path: Path) -> None:
+    result = run(tmp_path / "out.pt", 2, 8, 1, *backbone)
+    losses, weights = by_hand(WHOLE, *backbone)
+    assert result["losses"] == pytest.approx(losses, rel=1e-12)
+    for name, value in result["weights"].items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-8, atol=1e-11, msg=lambda text, n=name: f"{n}: {text}")
+    # what the first process has measured is done by all
+    preferred = [json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in range(2)]
+    assert preferred[0] == preferred[1] == ({} if "gn" in backbone[0] else {"true": False, "false": True})
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for the second process in /proc")

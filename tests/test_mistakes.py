@@ -19,8 +19,8 @@ from made import make_cityscapes
 from PIL import Image
 
 import lightning_atrous
+from lightning_atrous.checkpoint import SPEC_KEY, read_checkpoint
 from lightning_atrous.cli import main
-from lightning_atrous.task import SPEC_KEY, read_checkpoint
 
 FIT = ("fit", "--config", "tiny.yaml")
 
@@ -53,10 +53,26 @@ MISTYPED = {
         "may not have 'output_stride'",
     ),
     "stride": ((*FIT, "--model.backbone.output_stride", "12"), "cannot run at output stride 12"),
-    "stride of squeeze-excite": (
-        (*FIT, "--model.backbone.name=efficientnet_b0", "--model.backbone.method=dilate"),
+    "stride of a network": (
+        (*FIT, "--model.backbone.name=mobilevit_xxs", "--model.backbone.method=dilate"),
         "Strides it supports: 32",
     ),
+    "stride of evaluation": ((*FIT, "--eval_output_stride", "12"), "no output stride 12; choose one of [1, 2, 4, 8"),
+    "rates of blocks": ((*FIT, "--model.backbone.multi_grid", "[1, 0]"), "whole numbers of at least 1"),
+    "rates between pixels": (
+        (*FIT, "--model.backbone.name=resnet18", "--model.backbone.hdc", "{32: [5]}"),
+        "which are 2.5 pixels of a map of stride 16",
+    ),
+    "method": (
+        (*FIT, "--model.backbone.method", "atrous"),
+        "model.backbone.method: expected 'auto', 'dilate', 'phases', got atrous",
+    ),
+    "execution": (
+        (*FIT, "--model.backbone.execution", "fast"),
+        "model.backbone.execution: expected 'auto', 'dilated', 'split', got fast",
+    ),
+    "support of nothing": (("support", "zzz*"), "timm has no network like 'zzz*'"),
+    "support of no method": (("support", "resnet18", "--method", "atrous"), "invalid choice: 'atrous'"),
     "weights": ((*FIT, "--model.backbone.pretrained", "no.pth"), "there is no file no.pth"),
     "damaged weights": (
         (*FIT, "--model.backbone.pretrained", "tiny.yaml"),
@@ -68,7 +84,7 @@ MISTYPED = {
     ),
     "nested type": (
         (*FIT, "--model.backbone.output_stride", "big"),
-        "model.backbone.output_stride: expected int, got big",
+        "model.backbone.output_stride: expected one of int, null, got big",
     ),
     "precision": ((*FIT, "--trainer.precision", "bf61"), "'bf16-mixed'"),
     "data class": (

@@ -108,6 +108,71 @@ def test_phases_train_and_their_gradients_are_right():
     assert any(not torch.equal(value, before[key]) for key, value in net.state_dict().items() if "running" in key)
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet18d", "mobilenetv2_050", "convnext_atto", "tf_efficientnet_lite0", "resnetblur18"]
+)
+def test_without_statistics_both_methods_are_one_function(name):
+    """At every position and border; in training, running statistics and gradients too."""
+    nets = [random_doubles(timm_net(name))]
+    nets.append(copy.deepcopy(nets[0]))
+    for net, method in zip(nets, ("dilate", "phases"), strict=True):
+        Dilation(net, method=method).output_stride = 8
+    x = torch.randn(2, 3, 64, 96, dtype=torch.double)
+    for dilated, phased in zip(*(maps(net, x) for net in nets), strict=True):
+        torch.testing.assert_close(phased, dilated, rtol=1e-9, atol=1e-11)
+    for net in nets:
+        torch.manual_seed(1)
+        sum((y * torch.randn_like(y)).sum() for y in net.train()(x)).backward()
+    largest = max(float(parameter.grad.abs().max()) for parameter in nets[0].parameters())
+    for (key, old), new in zip(nets[0].named_parameters(), nets[1].parameters(), strict=True):
+        torch.testing.assert_close(new.grad, old.grad, rtol=1e-8, atol=1e-11 * largest, msg=key)
+    for (key, old), new in zip(nets[0].named_buffers(), nets[1].buffers(), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-9, atol=1e-11, msg=key)
+
+
+@pytest.mark.parametrize("method", ["dilate", "phases"])
+def test_trains_in_bfloat16(method):
+    """Autocast, channels_last: gradients near those of float32, for every weight; memory format kept."""
+    torch.manual_seed(3)
+    net = timm_net("test_efficientnet").train()
+    Dilation(net, method=method).output_stride = 8
+    x, gradients = torch.randn(4, 3, 64, 64), []
+    net.to(memory_format=torch.channels_last)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            last = net(x.to(memory_format=torch.channels_last))[-1]
+        assert last.is_contiguous(memory_format=torch.channels_last)
+        assert last.dtype == (torch.bfloat16 if enabled else torch.float32)
+        net.zero_grad()
+        last.float().square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert all(torch.isfinite(g).all() for g in gradients)
+    assert torch.nn.functional.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+@pytest.mark.parametrize(("name", "stride"), [("test_vit", 8), ("hrnet_w18_small", 16)])
+def test_a_network_in_no_parts_runs_whole_on_shifted_images(name, stride):
+    """The map is that of every shift of the image, put together."""
+    options = {"dynamic_img_size": True} if "vit" in name else {}
+    net = random_doubles(timm_net(name, **options))
+    x = torch.randn(2, 3, 64, 128, dtype=torch.double)
+    dilation, first = Dilation(net), maps(net, x)
+    k = dilation.native // stride
+    shifted = [
+        [maps(net, torch.nn.functional.pad(x, (0, j, 0, i))[..., i:, j:])[-1] for j in range(0, k * stride, stride)]
+        for i in range(0, k * stride, stride)
+    ]
+    dilation.output_stride = stride
+    assert (dilation.method, dilation.runs_whole) == ("phases", True)
+    dense = maps(net, x)
+    for d, s in zip(dense, first, strict=True):
+        step = d.shape[-1] // s.shape[-1]
+        torch.testing.assert_close(d[..., ::step, ::step], s, rtol=1e-9, atol=1e-11)
+    for i in range(k):
+        for j in range(k):
+            torch.testing.assert_close(dense[-1][..., i::k, j::k], shifted[i][j], rtol=1e-9, atol=1e-11)
+
+
 def test_a_method_that_there_is_not():
     with pytest.raises(ValueError, match="there is no method 'atrous'; give one of auto, dilate, phases"):
         Dilation(nn.Conv2d(3, 4, 2, stride=2), method="atrous")

@@ -18,13 +18,13 @@ from PIL import Image
 
 import lightning_atrous
 from lightning_atrous import ClassInfo, Reader, SegmentationTask, TimmBackbone
+from lightning_atrous.checkpoint import SPEC_KEY
 from lightning_atrous.cli import main
 from lightning_atrous.data import Folder
 from lightning_atrous.heads import FCN
 from lightning_atrous.images import RGB
 from lightning_atrous.prediction import colourise, overlay
 from lightning_atrous.selection import select
-from lightning_atrous.task import SPEC_KEY
 from lightning_atrous.transforms import Augment
 
 CLASSES = ClassInfo(("a", "b", "c"), palette=((255, 0, 0), (0, 255, 0), (0, 0, 255)))

@@ -9,14 +9,15 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 import lightning_atrous
 from lightning_atrous import ClassInfo, SegmentationModel, SegmentationTask, TimmBackbone
+from lightning_atrous.checkpoint import SPEC_KEY, read_checkpoint
 from lightning_atrous.data import Shapes
 from lightning_atrous.heads import FCN, DeepLabV3, DeepLabV3Plus
 from lightning_atrous.images import Reader
 from lightning_atrous.optim import Poly
-from lightning_atrous.task import SPEC_KEY, read_checkpoint
 from lightning_atrous.types import Preprocess
 
 CLASSES = ClassInfo(("a", "b", "c"))
@@ -77,6 +78,47 @@ def test_the_stride_takes_the_heads_along_and_comes_back() -> None:
     assert not torch.equal(model(image), before)
     model.output_stride = 16
     assert torch.equal(model(image), before)
+
+
+def test_another_output_stride_for_evaluation_alone(tmp_path: Path) -> None:
+    """Scores are those of the model at that stride, training and checkpoints those of its own."""
+    seen: dict[str, set[int]] = {"train": set(), "val": set()}
+
+    class Watch(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_) -> None:
+            seen["train"].add(pl_module.model.output_stride)
+
+        def on_validation_batch_end(self, trainer, pl_module, *_) -> None:
+            seen["val"].add(pl_module.model.output_stride)
+
+    data = Shapes(size=64, train_length=8, val_length=4, batch_size=4, num_workers=0)
+
+    def trainer(**options: object) -> L.Trainer:
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        return L.Trainer(accelerator="cpu", max_epochs=2, default_root_dir=tmp_path, **quiet, **options)
+
+    fitted = task(classes=data.classes, eval_output_stride=8)
+    fit = trainer(callbacks=[Watch(), ModelCheckpoint(tmp_path, "best", monitor="val/miou", mode="max")])
+    fit.fit(fitted, data)
+    assert seen == {"train": {16}, "val": {8}}
+    assert fitted.model.output_stride == 16
+    loaded = lightning_atrous.load(tmp_path / "best.ckpt")  # saved while a validation ended
+    assert loaded.model.output_stride == 16
+    assert loaded.spec["backbone"] == task().spec["backbone"] | {"method": "dilate"}
+
+    confusions = {}
+    for stride in (None, 16, 8):
+        evaluated = lightning_atrous.load(tmp_path / "best.ckpt")
+        evaluated.eval_output_stride = stride
+        trainer().validate(evaluated, data, verbose=False)
+        confusions[stride] = evaluated.confusion
+    loaded.model.output_stride = 8
+    trainer().validate(loaded, data, verbose=False)
+    assert torch.equal(confusions[None], confusions[16])
+    assert torch.equal(confusions[8], loaded.confusion)
+    assert not torch.equal(confusions[8], confusions[16])
+    with pytest.raises(ValueError, match="no output stride 12; choose one of"):
+        task(eval_output_stride=12)
 
 
 def test_a_head_that_cannot_follow_leaves_everything_as_it_was() -> None:

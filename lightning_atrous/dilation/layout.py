@@ -2,8 +2,8 @@
 
 A dilated kernel reads every ``r``-th pixel, so that on the ``r·r`` sub-grids of its map it is a plain one. Many
 machines are far slower at dilated kernels than at plain ones, above all at depthwise ones in training. So a network
-that was dilated may run on sub-grids, from where it first gives up a stride to its outputs, with the same numbers: where
-its maps divide, and where nothing in it takes statistics over a map.
+that was dilated may run on sub-grids, from where it first gives up a stride to its outputs, with the same numbers:
+where its maps divide, and where nothing in it takes statistics over a map.
 """
 
 from __future__ import annotations

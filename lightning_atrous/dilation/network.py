@@ -108,10 +108,16 @@ class Dilation:
         self._execution: Execution = "auto"
         self._preferred = {True: True, False: True}
         self._ways: dict[int, _Way] = {}
+        self._refused: dict[int, str] = {}
         self._way = _Way(self._methods[0])
         self._output_stride = self.native
         if not hdc:
             self._apply(self.native, self._way)
+
+    @property
+    def network(self) -> nn.Module:
+        """What it is about."""
+        return self._module
 
     @property
     def reductions(self) -> tuple[int, ...]:
@@ -130,6 +136,11 @@ class Dilation:
         Then the network is another function, on its grid too: all else in it is exact.
         """
         return self.method == "dilate" and self._way.dense
+
+    @property
+    def runs_whole(self) -> bool:
+        """Whether the whole network runs on shifted images, for want of a part that could: exact, and slow."""
+        return self.method == "phases" and self._way.depth == 0
 
     @property
     def output_stride(self) -> int:
@@ -179,6 +190,10 @@ class Dilation:
         has = self._execution == "auto" and self.method == "dilate"
         return self._way.split if has else frozenset()
 
+    def prefers(self, training: bool) -> bool:
+        """Whether *auto* runs on sub-grids, in training or out of it."""
+        return self._preferred[training]
+
     def prefer(self, split: bool, *, training: bool) -> None:
         """Let *auto* run on sub-grids, or not, in training or out of it."""
         self._preferred[training] = split
@@ -204,8 +219,14 @@ class Dilation:
         """The first way that is exact as it runs, proved once."""
         if output_stride == self.native:
             return self._way
+        if output_stride in self._refused:
+            raise DilationError(self._refused[output_stride])
         if output_stride not in self._ways:
-            self._ways[output_stride] = self._first(output_stride)
+            try:
+                self._ways[output_stride] = self._first(output_stride)
+            except DilationError as error:
+                self._refused[output_stride] = str(error)
+                raise
         return self._ways[output_stride]
 
     def _first(self, output_stride: int) -> _Way:
