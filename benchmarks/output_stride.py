@@ -2,10 +2,11 @@
 
 python benchmarks/output_stride.py docs/speed.md [--device cuda] [--rounds 15] [--names NAME ...]
 
-Every round runs all contenders once, in turn, so that what else the machine does falls on all of them. For each
-network, precision and mode: the median time of every contender, and the median of the rounds' ratios ours/timm with a
-95 % interval (of the median, by order statistics). Ours is what a user gets: `execution="auto"`, once `fastest` has
-measured. timm's network at its own stride of 32 is there to compare with.
+Every round runs all contenders once, in an order that rotates, so that what else the machine does, and what the last
+one has left of its caches, falls on all of them. For each network, precision and mode: the median time of every
+contender, and the median of the rounds' ratios ours/timm with a 95 % interval (of the median, by order statistics).
+Ours is what a user gets: `execution="auto"`, once `fastest` has measured. timm's network at its own stride of 32 is
+there to compare with.
 """
 
 from __future__ import annotations
@@ -82,8 +83,9 @@ def measure(name: str, precision: str, *, training: bool, options: argparse.Name
             ours.dilation.prefer(fastest(ours.dilation, image, training=mode) == "split", training=mode)
         taken: dict[str, list[float]] = {key: [] for key in nets}
         for i in range(options.rounds + 2):
-            for key, net in nets.items():
-                seconds = once(net, image, training=training)
+            order = list(nets)[i % len(nets) :] + list(nets)[: i % len(nets)]  # who runs after whom makes a difference
+            for key in order:
+                seconds = once(nets[key], image, training=training)
                 if i >= 2:
                     taken[key].append(seconds)
     execution = "split" if ours.dilation.prefers(training) and ours.dilation.alternatives else "dilated"
@@ -136,7 +138,7 @@ def introduction(options: argparse.Namespace, where: str) -> str:
     return (
         f"Made by `benchmarks/output_stride.py` on {datetime.date.today()} with lightning-atrous {__version__}, timm "
         f"{timm.__version__}, torch {torch.__version__}, on {where}: the backbone alone, images of {options.batch} × "
-        f"3 × {options.size} × {options.size}, channels_last, {options.rounds} rounds of all in turn. Medians, "
+        f"3 × {options.size} × {options.size}, channels_last, {options.rounds} rounds of all in rotation. Medians, "
         "and of the ratios the median with its 95 % interval. *Ours* is `execution: auto`, with what it chose; "
         "on networks with squeeze-excite timm's own takes dense statistics, ours those of the strided network."
     )

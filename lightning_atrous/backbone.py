@@ -111,8 +111,8 @@ class TimmBackbone(nn.Module):
         self._grid = self._smallest_grid()
         self.dilation = self._probe()
         self.dilation.execution = execution
-        if output_stride not in (None, self.dilation.output_stride):
-            self.output_stride = output_stride
+        if output_stride is not None or self.hdc:  # whose rates are there from then on
+            self.output_stride = output_stride or self.dilation.native
 
     def _probe(self) -> Dilation:
         try:

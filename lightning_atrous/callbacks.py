@@ -271,8 +271,13 @@ class WandbRun(Callback):
 def _headline(task: SegmentationTask) -> str:
     backbone = task.model.backbone
     parameters = sum(parameter.numel() for parameter in task.model.parameters())
+    stride = f"{backbone.output_stride}"
+    if "," in backbone.dilation.summary:  # what people should know: other statistics, or a price
+        stride += f" ({backbone.dilation.summary})"
+    if task.eval_output_stride not in (None, backbone.output_stride):
+        stride += f", scored at {task.eval_output_stride}"
     return (
-        f"{backbone.name} at output stride {backbone.output_stride} → {type(task.model.head).__name__} → "
+        f"{backbone.name} at output stride {stride} → {type(task.model.head).__name__} → "
         f"{len(task.classes)} classes, {parameters / 1e6:.1f} M parameters"
     )
 

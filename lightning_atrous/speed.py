@@ -1,4 +1,4 @@
-"""The faster of the equal ways to compute a dilated backbone: measured once, by the first process, for all."""
+"""The faster of the equal ways to compute a dilated backbone: measured once, decided by the first process for all."""
 
 from __future__ import annotations
 
@@ -76,9 +76,10 @@ class FasterExecution(Callback):
         spread = not isinstance(trainer.strategy, (SingleDeviceStrategy, DDPStrategy))
         if spread or torch.are_deterministic_algorithms_enabled():
             return True
-        split = True
-        if trainer.is_global_zero and all(n % dilation.native == 0 for n in image.shape[-2:]):
-            with trainer.precision_plugin.forward_context():
-                pixels = task.model.normalize(task.in_memory_format(image[:IMAGES]))
-                split = fastest(dilation, pixels, training=training) == "split"
+        if any(n % dilation.native for n in image.shape[-2:]):
+            return True
+        with trainer.precision_plugin.forward_context():
+            pixels = task.model.normalize(task.in_memory_format(image[:IMAGES]))
+            # by all processes: batch norm over them waits for each
+            split = fastest(dilation, pixels, training=training) == "split"
         return bool(trainer.strategy.broadcast(split))

@@ -72,10 +72,7 @@ def support(
             found.refusals[output_stride] = str(error)
             continue
         found.errors[output_stride] = max(dilation.errors(dtype=torch.float64))
-        words: list[str] = [dilation.method or ""]
-        words += ["dense statistics"] if dilation.dense_statistics else []
-        words += ["whole network"] if dilation.runs_whole else []
-        found.methods[output_stride] = ", ".join(words)
+        found.methods[output_stride] = dilation.summary
     return found
 
 

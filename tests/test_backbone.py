@@ -89,6 +89,21 @@ def test_the_stride_moves_after_construction_and_back() -> None:
     assert torch.equal(backbone(x)[-1], before)
 
 
+def test_rates_of_blocks_are_options_and_come_back() -> None:
+    options = {"pretrained": False, "output_stride": 8}
+    backbone = TimmBackbone("resnet18", multi_grid=(1, 2), execution="dilated", **options)
+    assert backbone.net.layer4[1].conv1.dilation == (8, 8)
+    again = TimmBackbone(**backbone.options())
+    assert again.net.layer4[1].conv1.dilation == (8, 8)
+    assert again.dilation.execution == "dilated"
+    hdc = TimmBackbone("resnet18", hdc={16: (1, 2), 32: (5, 9)}, **options)
+    again = TimmBackbone(**hdc.options())
+    assert again.net.layer4[1].conv1.dilation == (9, 9)
+    for stride in (32, None):  # not passed over in silence
+        with pytest.raises(ValueError, match=r"resnet18 cannot run at output stride 32: .* Strides it supports: 8$"):
+            TimmBackbone("resnet18", hdc={16: (1, 2)}, pretrained=False, output_stride=stride)
+
+
 def test_a_network_with_statistics_over_the_map_runs_on_phases() -> None:
     dense = TimmBackbone("test_efficientnet", pretrained=False, output_stride=8, method="dilate")
     assert dense.dilation.dense_statistics

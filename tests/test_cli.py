@@ -67,6 +67,11 @@ def test_fit_validate_and_test_agree(command: Command, workdir: Path) -> None:
     # evaluation leaves no run behind
     assert sorted(path.name for path in (workdir / "runs").iterdir()) == ["tiny"]
 
+    # another stride for the scores alone
+    finer = command("validate", *arguments, "--data.val_length", "6", "--eval_output_stride", "8")
+    assert "test_resnet at output stride 16, scored at 8 → DeepLabV3Plus" in finer.stdout
+    assert overall(finer.stdout) != overall(fit.stdout)
+
     # what is typed wins over the checkpoint, which wins over the defaults
     printed = command(
         "validate",

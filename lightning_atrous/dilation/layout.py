@@ -88,7 +88,8 @@ class Switch:
         root = self.joined.module
         self.layout.split = (
             root.training in self.modes
-            and not torch.compiler.is_exporting()  # what is exported should say dilation where it means it
+            # what is exported should say dilation where it means it, and take other sizes
+            and not (torch.compiler.is_exporting() or torch.jit.is_tracing())
             and image.shape[-2] % self.multiple == 0
             and image.shape[-1] % self.multiple == 0
         )

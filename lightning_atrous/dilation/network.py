@@ -73,6 +73,8 @@ class Dilation:
         DilationError: The network runs on none of the probe's images, its outputs are no maps, or it has no blocks
             that could be given other rates.
 
+    With ``hdc``, the network is as it came until an output stride is set.
+
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(4, 4, 3, 2, padding=1))
         >>> dilation = Dilation(net)
@@ -143,6 +145,12 @@ class Dilation:
         return self.method == "phases" and self._way.depth == 0
 
     @property
+    def summary(self) -> str:
+        """By what the present output stride is reached, and what is remarkable about that; empty at its own."""
+        remarks = ["dense statistics"] * self.dense_statistics + ["whole network"] * self.runs_whole
+        return ", ".join([self.method, *remarks]) if self.method else ""
+
+    @property
     def output_stride(self) -> int:
         """The coarsest of `reductions`. Setting it rewrites the module in place, once that is proved.
 
@@ -182,7 +190,7 @@ class Dilation:
         if execution not in EXECUTIONS:
             raise ValueError(f"there is no execution '{execution}'; give one of {', '.join(EXECUTIONS)}")
         self._execution = execution
-        self._apply(self._output_stride, self._way)
+        self._apply_again()
 
     @property
     def alternatives(self) -> frozenset[bool]:
@@ -197,7 +205,7 @@ class Dilation:
     def prefer(self, split: bool, *, training: bool) -> None:
         """Let *auto* run on sub-grids, or not, in training or out of it."""
         self._preferred[training] = split
-        self._apply(self._output_stride, self._way)
+        self._apply_again()
 
     def supported(self) -> tuple[int, ...]:
         """Which of the usual output strides can be set: 8, 16, 32, its own, and the half of that."""
@@ -208,7 +216,7 @@ class Dilation:
         """How far each output is from the strided network's, on its grid, relative to its largest value.
 
         Measured on weights and statistics drawn at random (always the same ones), on the CPU, for the forward that
-        runs.
+        runs; without ``hdc``, with whose rates there need be no strided network.
 
         Args:
             dtype: In float64 rounding is out of the way: what is exact measures 1e-12 or less.
@@ -267,6 +275,10 @@ class Dilation:
                 setattr(module, name, value)
         self._output_stride, self._way = output_stride, way
 
+    def _apply_again(self) -> None:
+        if self.method == "dilate":
+            self._apply(self._output_stride, self._way)
+
     def _form(self, output_stride: int, way: _Way) -> Changes:
         root, probe = self._module, self._probe
         if output_stride == self.native:
@@ -301,7 +313,7 @@ class Dilation:
         generator = torch.Generator().manual_seed(0)
         twin = copy.deepcopy(self, drawn(self._module, generator, dtype))
         for op in twin._probe.ops:
-            op.reach = None  # there need be no strided network with such rates
+            op.reach = None
         twin._apply(twin.native, twin._way)
         image = torch.empty(1, self._in_channels, *self._probe.size, dtype=dtype, device="cpu")
         image.uniform_(-2, 2, generator=generator)
@@ -310,7 +322,7 @@ class Dilation:
 
     def _passes(self, output_stride: int) -> bool:
         try:
-            self._way_to(output_stride)
+            self._form(output_stride, self._way_to(output_stride))
         except DilationError:
             return False
         return True

@@ -128,7 +128,7 @@ class Joined:
             return self._whole(output, image, self.reductions[0], self.channels_last[0])
         kinds = zip(output, self.reductions, self.channels_last, strict=True)
         maps = [self._whole(x, image, reduction, last) for x, reduction, last in kinds]
-        return maps if isinstance(output, list) else type(output)(maps)
+        return getattr(output, "_make", type(output))(maps)  # a named tuple takes them one by one
 
     def _whole(self, x: Tensor, image: Tensor, reduction: int, channels_last: bool) -> Tensor:
         k = max(reduction // self.output_stride, 1)

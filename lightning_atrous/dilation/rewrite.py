@@ -44,7 +44,8 @@ def take_apart(op: Op, output_stride: int) -> dict[str, Any]:
     for call in op.calls:
         finest = max(call.stride_in, output_stride)
         change = _rewrite_call(op, call, finest)
-        forward = _Apart(op.module, change.get("forward"), call.stride_out // finest, _sizes(op, call))
+        k = call.stride_out // finest
+        forward = _Apart(op.module, change.get("forward"), k, _sizes(op, call), first=_widens(op, k))
         changes.append(change | {"forward": forward})
     return _one(op, output_stride, changes)
 
@@ -188,6 +189,18 @@ class _Forward:
         return y[..., : y.shape[-2] - -height % self.phases, : y.shape[-1] - -width % self.phases]
 
 
+def _widens(op: Op, k: int) -> bool:
+    """Whether it sees single pixels, none of them twice, and makes them wider: then its input is less to copy."""
+    module, settings = op.module, op.settings
+    return (
+        isinstance(module, nn.Conv2d)
+        and pair(module.kernel_size) == (1, 1)
+        and pair(settings["stride"]) == (k, k)
+        and _padding(op) == (0, 0)
+        and module.in_channels < module.out_channels
+    )
+
+
 class _Size(NamedTuple):
     """How many outputs the strided op has along an axis."""
 
@@ -225,8 +238,12 @@ class _Apart:
     forward: _Forward | None
     k: int
     sizes: list[_Size]
+    first: bool
+    """Whether the input is taken apart, in place of the output."""
 
     def __call__(self, x: Tensor, *rest: Any) -> Tensor:
+        if self.first:
+            return type(self.op).forward(self.op, split(x, self.k), *rest)
         y = type(self.op).forward(self.op, x, *rest) if self.forward is None else self.forward(x, *rest)
         rows, columns = (self.k * size(n) for size, n in zip(self.sizes, x.shape[-2:], strict=True))
         return split(y[..., :rows, :columns], self.k)
