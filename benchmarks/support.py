@@ -133,7 +133,7 @@ is not here: `lightning-atrous support NETWORK`.
 network* is phases at their most expensive: it runs on shifted images as it is. *By name* is what `method: dilate` gives
 where the default is phases: "dense statistics" is exact but for squeeze-excite, group norm and the like, which see the
 denser map. timm's and SMP's own options take dense statistics without saying so, a part of what they differ by. A
-network that takes images of one size alone is refused as a backbone, whatever its strides.
+network that takes images of *one size* alone can be dilated by itself, but is refused as a backbone.
 
 | | exact at 16 | exact at 8 | at both |
 |---|---|---|---|
@@ -153,7 +153,10 @@ def page(rows: list[Row], encoders: dict[str, dict[int, str]]) -> str:
     for method in ("dilate", "phases"):
         said = [{s: row.methods.get(s, "").partition(",")[0] == method for s in STRIDES} for row in ours]
         lines.append(counts(f"by {method}", said))
-    lines.append(counts("**lightning-atrous**", [{s: row.errors.get(s, 1) <= EXACT for s in STRIDES} for row in ours]))
+    exact = [{s: row.errors.get(s, 1) <= EXACT for s in STRIDES} for row in ours]
+    lines.append(counts("**lightning-atrous**", exact))
+    said = [{s: yes and 0 not in row.refusals for s, yes in at.items()} for row, at in zip(ours, exact, strict=True)]
+    lines.append(counts("of those, backbones for images of any size", said))
     for who, theirs in (("timm's own", [row.timms for row in rows]), ("SMP over timm", [row.smps for row in rows])):
         lines.append(counts(who, [{s: own.get(s) == "exact" for s in STRIDES} for own in theirs]))
         said = [{s: "differs" in own.get(s, "") for s in STRIDES} for own in theirs]

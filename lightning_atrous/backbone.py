@@ -11,6 +11,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import timm
@@ -23,7 +24,7 @@ from lightning_atrous.dilation import Dilation, Execution
 from lightning_atrous.registry import close_matches
 from lightning_atrous.types import FeatureInfo, Features, Preprocess
 
-__all__ = ["TimmBackbone", "convert_sync_batchnorm", "list_backbones"]
+__all__ = ["OneSizeError", "TimmBackbone", "convert_sync_batchnorm", "create_features", "list_backbones"]
 
 GRIDS = (
     (1, 65, 131),
@@ -50,6 +51,10 @@ def list_backbones(pattern: str = "*") -> list[str]:
     """Names of the networks that timm has, by shell pattern; a plain word matches anywhere in the name."""
     glob = pattern if any(mark in pattern for mark in "*?[") else f"*{pattern}*"
     return [name for name in timm.list_models() if fnmatch.fnmatch(name, glob)]
+
+
+class OneSizeError(ValueError):
+    """The network takes images of one size alone, and so is no backbone."""
 
 
 class TimmBackbone(nn.Module):
@@ -96,9 +101,8 @@ class TimmBackbone(nn.Module):
         self.name, self.in_channels, self.timm_options = name, in_channels, dict(timm_options or {})
         if in_channels < 1:
             raise ValueError(f"in_channels must be at least 1, got {in_channels}")
-        _check_name(name)
         _check_options(self.timm_options)
-        self.net = _create_features(name, in_channels, self.timm_options)
+        self.net = create_features(name, in_channels, self.timm_options)
         if pretrained is not False:
             _load_strictly(self.net, name, in_channels, self.timm_options, pretrained)
         self.preprocess = _preprocess(self.net.pretrained_cfg, in_channels)
@@ -139,7 +143,7 @@ class TimmBackbone(nn.Module):
             else:
                 self.net.train(training)
                 return grid
-        raise ValueError(
+        raise OneSizeError(
             f"{self.name} cannot be used as a backbone: it takes images of one size alone ({_first_line(failure)}); "
             "take a network of convolutions or windows"
         ) from failure
@@ -213,8 +217,13 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise ValueError(f"timm_options may not have '{option}': {_OURS[option]}")
 
 
-def _create_features(name: str, in_channels: int, options: Mapping[str, Any]) -> Any:
-    """The network as features, of a kind that takes images of any size where it has the choice."""
+def create_features(name: str, in_channels: int = 3, options: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """The network as features, of a kind that takes images of any size where it has the choice; no weights.
+
+    Raises:
+        ValueError: An unknown network or option, or one that gives no features.
+    """
+    _check_name(name)
     for choice in ("strict_img_size", "dynamic_img_size"):  # networks of windows, and of patches
         try:
             wanted = {choice: choice.startswith("dynamic")}

@@ -10,11 +10,11 @@ from typing import Literal, get_args
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from lightning_atrous.backbone import TimmBackbone, list_backbones
+from lightning_atrous.backbone import OneSizeError, TimmBackbone, create_features, list_backbones
 from lightning_atrous.complaints import Complaint
-from lightning_atrous.dilation import Method
+from lightning_atrous.dilation import Dilation, Method
 
 __all__ = ["EXACT", "Support", "support", "tell_support"]
 
@@ -36,13 +36,15 @@ class Support:
     errors: dict[int, float] = field(default_factory=dict)
     """By output stride: the largest relative error, in float64."""
     refusals: dict[int, str] = field(default_factory=dict)
-    """By output stride: why not. At 0: why it is no backbone at all."""
+    """By output stride: why not. At 0: why it is no backbone, though it may still be dilated by itself (one size)."""
 
     def word(self, output_stride: int) -> str:
         """What to write into a table."""
+        if output_stride in self.methods:
+            return self.methods[output_stride]
         if 0 in self.refusals or output_stride in self.refusals:
             return "refused"
-        return self.methods.get(output_stride, "its own" if output_stride == self.native else "–")
+        return "its own" if output_stride == self.native else "–"
 
 
 def support(
@@ -56,23 +58,26 @@ def support(
         method: As of `TimmBackbone`.
     """
     found = Support(name)
+    remark = ""
     try:
-        backbone = TimmBackbone(name, output_stride=None, method=method, pretrained=False)
+        dilation = TimmBackbone(name, output_stride=None, method=method, pretrained=False).dilation
+    except OneSizeError as error:
+        found.refusals[0] = str(error)
+        dilation, remark = Dilation(create_features(name), method=method), ", one size"
     except ValueError as error:
         found.refusals[0] = str(error)
         return found
-    dilation = backbone.dilation
     found.native = dilation.native
     for output_stride in output_strides:
         if output_stride >= found.native:
             continue
         try:
-            backbone.output_stride = output_stride
+            dilation.output_stride = output_stride
         except ValueError as error:
-            found.refusals[output_stride] = str(error)
-            continue
-        found.errors[output_stride] = max(dilation.errors(dtype=torch.float64))
-        found.methods[output_stride] = dilation.summary
+            found.refusals[output_stride] = f"{name}: {error}"
+        else:
+            found.errors[output_stride] = max(dilation.errors(dtype=torch.float64))
+            found.methods[output_stride] = dilation.summary + remark
     return found
 
 
@@ -97,7 +102,7 @@ def tell_support(arguments: Sequence[str]) -> None:
     )
     options = parser.parse_args(list(arguments))
     strides = options.output_stride
-    table = Table("network", *map(str, strides), "largest error")
+    table = Table(Column("network", overflow="fold"), *map(str, strides), "largest error")
     refusals: list[str] = []
     rows = [support(name, strides, method=options.method) for name in _named(options.networks)]
     for row in rows:

@@ -25,8 +25,9 @@ def test_what_networks_take() -> None:
     assert (vit.word(16), vit.word(8)) == ("its own", "phases, whole network")
     assert vit.errors[8] <= EXACT
     refused = support("levit_128s")
-    assert refused.word(8) == "refused"
+    assert refused.word(8) == "phases, whole network, one size"
     assert "images of one size alone" in refused.refusals[0]
+    assert support("twins").word(8) == "refused"
 
 
 def test_the_verb(command: Command) -> None:
@@ -34,8 +35,8 @@ def test_the_verb(command: Command) -> None:
     lines = [line for line in done.stdout.splitlines() if "test_resnet" in line or "resnest14d" in line]
     assert "dilate" in lines[0]
     assert "refused" in lines[1]
-    assert "resnest14d cannot run at output stride 8" in lines[-1]
-    done = command("support", "levit_128s", code=1)
+    assert "resnest14d: output stride 8 is not exact for this network, by dilate" in lines[-1]
+    done = command("support", "resnest14d", "--method", "dilate", "--output_stride", "8", code=1)
     assert "none of these networks takes" in done.stderr
     assert "resnet" in command("support", "resnet5o", code=1).stdout
     assert "no network like 'zzz*'" in command("support", "zzz*", code=2).stderr

@@ -81,16 +81,17 @@ class _Recorder:
         }
 
     def stride(self, x: Tensor) -> int:
-        """Image pixels per pixel of the map: where that is no whole number, to the nearest power of two."""
+        """Image pixels per pixel of the map: a power of two, unless that does not fit and another number does."""
         stride = self._stride(x)
         self.certain &= all(abs(exponent - math.log2(stride)) < 0.2 for exponent in self._exponents(x))
         return stride
 
     def _stride(self, x: Tensor) -> int:
-        (height, below), (width, right) = (divmod(whole, n) for whole, n in zip(self.size, x.shape[-2:], strict=True))
-        if height == width and not (below or right):
-            return height
-        return 2 ** max(round(sum(self._exponents(x)) / 2), 0)
+        nearest = 2 ** max(round(sum(self._exponents(x)) / 2), 0)
+        sides = list(zip(self.size, x.shape[-2:], strict=True))
+        (height, below), (width, right) = (divmod(whole, n) for whole, n in sides)
+        fits = all(n in (whole // nearest, -(-whole // nearest)) for whole, n in sides)
+        return nearest if fits or height != width or below or right else height  # patches of 14
 
     def _stage(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Stage | None:
         """The module as one that turns a map into a map, if it is and was not called before."""
