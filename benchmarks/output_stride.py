@@ -103,7 +103,7 @@ def interval(ratios: list[float]) -> tuple[float, float, float]:
 def section(precision: str, *, training: bool, options: argparse.Namespace) -> tuple[list[str], dict[str, float]]:
     """A table, and the median ratio of each network."""
     title = "training step" if training else "inference"
-    lines = [f"## {precision}, {title}", "", "| network | ours | timm's own | ours | stride 32 | ours / timm's own |"]
+    lines = [f"## {precision}, {title}", "", "| network | how | timm's own | ours | stride 32 | ours / timm's own |"]
     lines += ["|---|---|---|---|---|---|"]
     found = {}
     for name in options.names:
@@ -139,7 +139,7 @@ def introduction(options: argparse.Namespace, where: str) -> str:
         f"Made by `benchmarks/output_stride.py` on {datetime.date.today()} with lightning-atrous {__version__}, timm "
         f"{timm.__version__}, torch {torch.__version__}, on {where}: the backbone alone, images of {options.batch} × "
         f"3 × {options.size} × {options.size}, channels_last, {options.rounds} rounds of all in rotation. Medians, "
-        "and of the ratios the median with its 95 % interval. *Ours* is `execution: auto`, with what it chose; "
+        "and of the ratios the median with its 95 % interval. *Ours* is `execution: auto`, *how* is what it chose; "
         "on networks with squeeze-excite timm's own takes dense statistics, ours those of the strided network."
     )
 

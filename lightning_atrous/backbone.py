@@ -110,8 +110,7 @@ class TimmBackbone(nn.Module):
         # asked of the class of the format, not of timm: `Format.NHWC` is a string enumeration
         self._channels_first = str(getattr(self.net, "output_fmt", None) or "NCHW").endswith("NCHW")
         self.method = method
-        self.multi_grid, self.hdc_at = tuple(multi_grid), hdc_at
-        self.hdc = {int(stride): tuple(rates) for stride, rates in (hdc or {}).items()}
+        self.multi_grid, self.hdc, self.hdc_at = multi_grid, hdc, hdc_at
         self._grid = self._smallest_grid()
         self.dilation = self._probe()
         self.dilation.execution = execution
@@ -180,8 +179,8 @@ class TimmBackbone(nn.Module):
             "pretrained": False,
             "in_channels": self.in_channels,
             "timm_options": self.timm_options or None,
-            "multi_grid": self.multi_grid,
-            "hdc": self.hdc or None,
+            "multi_grid": tuple(self.multi_grid),
+            "hdc": self.hdc and {stride: tuple(rates) for stride, rates in self.hdc.items()},
             "hdc_at": self.hdc_at,
             "execution": self.dilation.execution,
         }

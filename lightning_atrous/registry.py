@@ -13,8 +13,12 @@ __all__ = ["Registry", "close_matches", "subclass_names"]
 T = TypeVar("T")
 
 
+MANY = 40
+"""Names that nobody reads in a sentence."""
+
+
 def close_matches(word: str, known: list[str]) -> str:
-    """What to say after an unknown word: the names like it, or else all of them.
+    """What to say after an unknown word: the names like it, or else all of them, if they are not too many.
 
     >>> close_matches("deeplab3", ["deeplabv3", "fcn"])
     "did you mean 'deeplabv3'?"
@@ -25,6 +29,8 @@ def close_matches(word: str, known: list[str]) -> str:
     close = difflib.get_close_matches(word.lower(), by_lower, n=3, cutoff=0.6)
     if close:
         return f"did you mean {' or '.join(repr(by_lower[name]) for name in close)}?"
+    if len(known) > MANY:
+        return f"none of the {len(known)} known is like it"
     return f"known are {', '.join(known)}" if known else "none is known"
 
 

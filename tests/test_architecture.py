@@ -28,7 +28,7 @@ LAYERS = [
     {"dilation.probe", "dilation.layout", "dilation.statistics"},
     {"dilation.blocks", "dilation.forms"},
     {"dilation.network"},
-    {"dilation.timing"},
+    {"dilation.timing", "dilation.stride"},
     {"backbone", "context", "losses", "metrics", "optim", "complaints", "data.base"},
     {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base"},
     {"heads.fcn", "heads.deeplabv3", "heads.deeplabv3plus"},

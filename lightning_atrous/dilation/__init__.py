@@ -20,7 +20,8 @@ No family of networks is known here. Every op and every stage is placed by the s
 run, and the whole is proved on weights drawn at random.
 """
 
-from lightning_atrous.dilation.network import Dilation, Execution, Method, set_output_stride
+from lightning_atrous.dilation.network import Dilation, Execution, Method
 from lightning_atrous.dilation.ops import DilationError
+from lightning_atrous.dilation.stride import set_output_stride
 
 __all__ = ["Dilation", "DilationError", "Execution", "Method", "set_output_stride"]

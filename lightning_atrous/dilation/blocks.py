@@ -57,24 +57,38 @@ def spread(
         DilationError: There are no such blocks.
         ValueError: A factor or rate below 1, or two words about one stage.
     """
-    if min((*multi_grid, *(rate for rates in hdc.values() for rate in (*rates, len(rates)))), default=0) < 1:
-        raise ValueError(f"rates of blocks must be whole numbers of at least 1, got {multi_grid!r} and {dict(hdc)!r}")
+    _check_rates("multi_grid", multi_grid)
+    _check_rates("hdc_at", (hdc_at,))
+    if not isinstance(hdc, Mapping) or not all(type(stride) is int for stride in hdc):
+        raise ValueError(f"hdc must be rates by the stride of the stage, such as {{32: (5, 9, 17)}}, got {hdc!r}")
+    for rates in hdc.values():
+        _check_rates("hdc", rates)
     if native in hdc and set(multi_grid) != {1}:
         raise ValueError(
             f"the stage of stride {native} has rates by hdc and factors by multi_grid; give one of the two"
         )
     if set(multi_grid) != {1}:
-        for block, times in zip(_blocks(probe, native), cycle(multi_grid)):
+        for block, times in zip(_blocks(probe, native, len(multi_grid)), cycle(multi_grid)):
             for op in block:
                 op.times = times
     for stride, rates in hdc.items():
-        for block, rate in zip(_blocks(probe, stride), cycle(rates)):
+        for block, rate in zip(_blocks(probe, stride, len(rates)), cycle(rates)):
             for op in block:
                 op.reach = rate * hdc_at
 
 
-def _blocks(probe: Probe, stride: int) -> list[list[Op]]:
+def _check_rates(what: str, rates: Sequence[int]) -> None:
+    whole = isinstance(rates, Sequence) and all(type(rate) is int and rate > 0 for rate in rates)
+    if not whole or not rates:
+        raise ValueError(f"{what}: rates must be whole numbers of at least 1, got {rates!r}")
+
+
+def _blocks(probe: Probe, stride: int, rates: int) -> list[list[Op]]:
     found = blocks(probe, stride)
+    if 0 < len(found) < rates:
+        raise ValueError(
+            f"{rates} rates were given for the {len(found)} blocks at stride {stride}; give no more than that"
+        )
     if not found:
         strides = sorted({stage.stride_out for stage in probe.stages.values() if blocks(probe, stage.stride_out)})
         raise DilationError(

@@ -26,13 +26,16 @@ from lightning_atrous.dilation.proof import (
 )
 from lightning_atrous.dilation.statistics import per_grid
 
-__all__ = ["Dilation", "Execution", "Method", "set_output_stride"]
+__all__ = ["Dilation", "Execution", "Method"]
 
 Method = Literal["dilate", "phases"]
 METHODS: tuple[Method, ...] = ("dilate", "phases")
 
 Execution = Literal["auto", "dilated", "split"]
 EXECUTIONS: tuple[Execution, ...] = ("auto", "dilated", "split")
+
+_OWN = "_lightning_atrous_dilation"
+"""The attribute of a network that holds its `Dilation`."""
 
 DEPTHS = (8, 3, 2, 1, 0)
 """How deep to look for what gives up its stride, the cheapest first."""
@@ -100,6 +103,7 @@ class Dilation:
     ) -> None:
         if method not in ("auto", *METHODS):
             raise ValueError(f"there is no method '{method}'; give one of auto, {', '.join(METHODS)}")
+        _check_undilated(module)
         self._module = module
         self._methods: tuple[Method, ...] = METHODS if method == "auto" else (method,)
         self._in_channels = in_channels
@@ -115,6 +119,7 @@ class Dilation:
         self._output_stride = self.native
         if not hdc:
             self._apply(self.native, self._way)
+        vars(module)[_OWN] = self  # whoever dilates it again is told of this one
 
     @property
     def network(self) -> nn.Module:
@@ -144,6 +149,12 @@ class Dilation:
         """Whether the whole network runs on shifted images, for want of a part that could: exact, and slow."""
         return self.method == "phases" and self._way.depth == 0
 
+    @classmethod
+    def of(cls, module: nn.Module, method: Literal["auto"] | Method) -> Dilation | None:
+        """The one that a network has already, if it goes by that method."""
+        before = vars(module).get(_OWN) if isinstance(module, nn.Module) else None
+        return before if before and before._methods == (METHODS if method == "auto" else (method,)) else None
+
     @property
     def summary(self) -> str:
         """By what the present output stride is reached, and what is remarkable about that; empty at its own."""
@@ -163,7 +174,7 @@ class Dilation:
     @output_stride.setter
     def output_stride(self, output_stride: int) -> None:
         choices = self.choices
-        if output_stride not in choices:
+        if type(output_stride) is not int or output_stride not in choices:
             raise ValueError(f"this network has no output stride {output_stride!r}; choose one of {choices}")
         self._apply(output_stride, self._way_to(output_stride))
 
@@ -371,18 +382,16 @@ class Dilation:
                 yield training
 
 
-def set_output_stride(
-    module: nn.Module, output_stride: int, *, method: Literal["auto"] | Method = "auto", in_channels: int = 3
-) -> Dilation:
-    """Give a strided network another output stride, in place: a `Dilation`, and its ``output_stride`` set.
-
-    Returns:
-        What sets it again: ``dilation.output_stride = 32``.
-
-    Raises:
-        ValueError: No power of two up to the network's own output stride.
-        DilationError: The network can't have it exactly.
-    """
-    dilation = Dilation(module, method=method, in_channels=in_channels)
-    dilation.output_stride = output_stride
-    return dilation
+def _check_undilated(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"expected a network (nn.Module), got {type(module).__name__}")
+    before = vars(module).get(_OWN)
+    if before is not None and (before.output_stride != before.native or any(op.is_told for op in before._probe.ops)):
+        raise ValueError(
+            f"this network has been brought to output stride {before.output_stride} already; set the output_stride of "
+            f"the Dilation that did it, or have it set to {before.native} first"
+        )
+    if before is None and "forward" in vars(module):
+        raise ValueError(
+            "this network's forward was replaced on the instance, where no copy of it can be run; dilate it before that"
+        )

@@ -43,6 +43,11 @@ class Op:
     reach: int | None = None
     """Image pixels between its taps, where that is said for itself (HDC)."""
 
+    @property
+    def is_told(self) -> bool:
+        """Whether it has been given a rate of its own."""
+        return self.times != 1 or self.reach is not None
+
 
 class Stage(NamedTuple):
     """A module that was called once, and turned one map into another."""

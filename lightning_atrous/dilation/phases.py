@@ -126,8 +126,11 @@ class Joined:
         output = type(self.module).forward(self.module, images, *rest, **options)
         if isinstance(output, Tensor):
             return self._whole(output, image, self.reductions[0], self.channels_last[0])
-        kinds = zip(output, self.reductions, self.channels_last, strict=True)
+        maps = output.values() if isinstance(output, Mapping) else output
+        kinds = zip(maps, self.reductions, self.channels_last, strict=True)
         maps = [self._whole(x, image, reduction, last) for x, reduction, last in kinds]
+        if isinstance(output, Mapping):
+            return type(output)(zip(output, maps, strict=True))  # type: ignore[call-arg]
         return getattr(output, "_make", type(output))(maps)  # a named tuple takes them one by one
 
     def _whole(self, x: Tensor, image: Tensor, reduction: int, channels_last: bool) -> Tensor:

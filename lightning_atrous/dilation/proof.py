@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
@@ -30,8 +30,11 @@ def run(module: nn.Module, image: Tensor, *, training: bool = False) -> tuple[Te
         torch.manual_seed(0)
         output = module.train(training)(image)
     maps = (output,) if isinstance(output, Tensor) else output
+    maps = tuple(maps.values()) if isinstance(maps, Mapping) else maps
     if not isinstance(maps, (tuple, list)) or not maps or not all(is_map(x) for x in maps):
-        raise ValueError(f"expected a map (B, C, h, w) or a sequence of maps, got {type(output).__name__}")
+        raise ValueError(
+            f"expected a map (B, C, h, w), or maps in a sequence or a mapping, got {type(output).__name__}"
+        )
     return tuple(maps)
 
 
@@ -130,7 +133,7 @@ def departure(strided: list[_Step], dense: list[_Step]) -> str:
     for old, new in zip(strided, dense, strict=False):
         if new.module is not old.module or not _departs(new.output, old.output):
             continue
-        where = f"; it departs first at '{new.name}' ({type(new.module).__name__})"
+        where = f"; it departs first at {repr(new.name) if new.name else 'its root'} ({type(new.module).__name__})"
         if not _departs(new.input, old.input):
             local = any(is_op(child) for child in new.module.modules())
             why = ", which takes statistics over the whole map, or hides an op in its forward"

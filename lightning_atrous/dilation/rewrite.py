@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -55,8 +56,8 @@ def _one(op: Op, output_stride: int, changes: list[dict[str, Any]]) -> dict[str,
     if any(other != first for other in others):
         strides = sorted({call.stride_in for call in op.calls})
         raise DilationError(
-            f"output stride {output_stride} is not exact for this network: '{op.name}' "
-            f"({type(op.module).__name__}) is called at the strides {strides}, and an op has one dilation"
+            f"'{op.name}' ({type(op.module).__name__}) is called at the strides {strides}, and an op has one dilation "
+            f"at output stride {output_stride}"
         )
     return first
 
@@ -102,8 +103,10 @@ def _rewrite_kernel(op: Op, call: Call, rate: int, given_up: int) -> dict[str, A
     if "ceil_mode" in settings:
         new["ceil_mode"] = False
     reaches = [d * (k - 1) for d, k in zip(dilations, kernels, strict=True)]
+    same = None
     if call.pads_itself:
-        rows, columns = (_pad_same(r, s, rate) for r, s in zip(reaches, strides, strict=True))
+        same = [_Same(r, s, rate) for r, s in zip(reaches, strides, strict=True)]
+        rows, columns = (_Pad(0, axis.shift(axis.stride)) for axis in same)
     else:
         sides = zip(reaches, strides, paddings, call.spare or (None, None), strict=True)
         rows, columns = (_pad(r, s // given_up, p, rate, spare) for r, s, p, spare in sides)
@@ -121,18 +124,17 @@ def _rewrite_kernel(op: Op, call: Call, rate: int, given_up: int) -> dict[str, A
         phases=phases,
         pad=(columns.left, columns.right, rows.left, rows.right),
         fill=-math.inf if isinstance(module, nn.MaxPool2d) else 0.0,
-        crop=(rows.crop, columns.crop),
+        same=same,
         counted=counted,
     )
     return new
 
 
 class _Pad(NamedTuple):
-    """Pixels to add along an axis, and outputs to drop on its left."""
+    """Pixels to add along an axis."""
 
     left: int
     right: int
-    crop: int = 0
 
 
 def _pad(reach: int, stride: int, padding: int, rate: int, spare: int | None) -> _Pad:
@@ -141,14 +143,26 @@ def _pad(reach: int, stride: int, padding: int, rate: int, spare: int | None) ->
     On the left the taps stay in place. On the right comes what a whole map needs, where it was whole before.
     """
     left = rate * padding
-    return _Pad(left, left if spare is None else max(rate * (reach - spare) + 1 - stride - left, 0))
+    if spare is None:
+        return _Pad(left, left)
+    right = max(rate * (reach - spare) + 1 - stride - left, 0)
+    return _Pad(left, max(right, left) if stride > 1 else right)  # at a stride a little more changes no whole map
 
 
-def _pad_same(reach: int, stride: int, rate: int) -> _Pad:
-    """The same where the op pads by itself: at stride 1, half the reach on the left, which is too much."""
-    left = rate * (max(reach + 1 - stride, 0) // 2)  # of an even map
-    shift = rate * reach // 2 - left
-    return _Pad(0, shift, shift)
+class _Same(NamedTuple):
+    """What is to be done along an axis where the op pads by itself: at stride 1, half its reach on the left."""
+
+    reach: int
+    stride: int
+    rate: int
+
+    def shift(self, n: int) -> int:
+        """By how many pixels that is too much, for a strided map of ``n``: TensorFlow pads it as its end needs."""
+        if torch.compiler.is_exporting() and not isinstance(n, int):  # left open: torch can't solve for remainders
+            n = self.stride
+        short = self.reach + 1 - self.stride + -n % self.stride
+        left = (short if self.reach + 1 >= self.stride else max(short, 0)) // 2
+        return self.rate * self.reach // 2 - self.rate * left
 
 
 def _padding(op: Op) -> tuple[int, int]:
@@ -171,21 +185,27 @@ class _Forward:
     phases: int = 1
     pad: tuple[int, int, int, int] = (0, 0, 0, 0)
     fill: float = 0.0
-    crop: tuple[int, int] = (0, 0)
+    same: list[_Same] | None = None
+    """Of an op that pads by itself: in place of ``pad``, and as much is dropped on the left."""
     counted: tuple[int, int] | None = None
     """For an average that counts pixels: the padding that counts as such."""
 
     def __call__(self, x: Tensor, *rest: Any) -> Tensor:
         height, width = x.shape[-2:]
         x = split(x, self.phases)
-        forward, (left, right, top, bottom) = type(self.op).forward, self.pad
-        y = forward(self.op, F.pad(x, self.pad, value=self.fill) if any(self.pad) else x, *rest)
+        forward, pad, crop = type(self.op).forward, self.pad, (0, 0)
+        if self.same is not None:
+            down, across = self.same
+            crop = down.shift(-(-height // down.rate)), across.shift(-(-width // across.rate))
+            pad = (0, crop[1], 0, crop[0])
+        y = forward(self.op, F.pad(x, pad, value=self.fill) if any(pad) else x, *rest)
         if self.counted is not None:  # the share of each window that is there to be averaged
             rows, columns = self.counted
             ones = F.pad(x.new_ones(1, 1, *x.shape[-2:]), (columns, columns, rows, rows), value=1.0)
+            left, right, top, bottom = pad
             around = (left - columns, right - columns, top - rows, bottom - rows)
             y = y / forward(self.op, F.pad(ones, around))
-        y = join(y[..., self.crop[0] :, self.crop[1] :], self.phases)
+        y = join(y[..., crop[0] :, crop[1] :], self.phases)
         return y[..., : y.shape[-2] - -height % self.phases, : y.shape[-1] - -width % self.phases]
 
 
