@@ -32,6 +32,16 @@ data: {class_path: Shapes, init_args: {size: 48, train_length: 12, val_length: 6
 
 
 @pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Small networks are faster so; and the same numbers in every run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty directory to run in, with ``tiny.yaml`` in it."""
     (tmp_path / "tiny.yaml").write_text(TINY)

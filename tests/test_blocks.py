@@ -11,14 +11,7 @@ from torch import nn
 
 from lightning_atrous.dilation import Dilation, DilationError
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rates(net: nn.Module, stage: str = "layer4", conv: str = "conv2") -> list[int]:

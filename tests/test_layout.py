@@ -14,14 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_atrous.dilation import Dilation, set_output_stride
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def splits(net: nn.Module, x: Tensor) -> bool:
