@@ -67,7 +67,7 @@ def test_a_training_measures_once_and_a_resumed_one_not_at_all(asked: Asked, tmp
     assert dilation.prefers(training=False)
     first.save_checkpoint(tmp_path / "a.ckpt")
     again = task()
-    trainer(tmp_path, max_epochs=2).fit(again, shapes(), ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+    trainer(tmp_path, max_epochs=2).fit(again, shapes(), ckpt_path=tmp_path / "a.ckpt")
     assert len(asked) == 2
     assert not again.model.backbone.dilation.prefers(training=True)
 
