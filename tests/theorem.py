@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import timm
@@ -67,3 +68,15 @@ def assert_theorem(
                 assert on_grid.shape == s.shape
                 assert (on_grid - s).abs().max() <= 1e-8 * s.abs().max()
                 assert s.std() > 1e-3 * s.abs().max()  # there is something to compare
+
+
+def chain(*ops: nn.Module) -> nn.Sequential:
+    """The ops between a strided convolution, whose stride they may have to make up for, and two more."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        nn.Tanh(),  # both signs: a maximum must not see zeros at the border
+        *copy.deepcopy(ops),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 3, stride=2, padding=1),
+        nn.Conv2d(4, 4, (3, 5), padding=(1, 2)),
+    )
