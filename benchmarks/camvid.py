@@ -96,9 +96,10 @@ def arguments(root: Path, options: argparse.Namespace) -> list[str]:
     ]
 
 
-def run(*words: str, threads: int) -> None:
-    """Python, on so many threads."""
-    subprocess.run([sys.executable, *words], check=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)})
+def run(*words: str, threads: int, check: bool = True) -> int:
+    """Python, on so many threads; its exit code."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    return subprocess.run([sys.executable, *words], check=check, env=environment).returncode
 
 
 def last_scores(folder: Path) -> dict[str, float]:
