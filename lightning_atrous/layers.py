@@ -15,11 +15,11 @@ from lightning_atrous.types import Preprocess
 __all__ = ["ConvNormAct", "ImagePool", "Normalize", "SeparableConv", "class_map", "resize"]
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, with pixel areas (not corners) aligned: ``(B, C, h, w)`` → ``(B, C, *size)``."""
+def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+    """Bilinear, with pixel areas (or else corners) aligned: ``(B, C, h, w)`` → ``(B, C, *size)``."""
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
 
 
 def class_map(logits: Tensor, size: Sequence[int]) -> Tensor:

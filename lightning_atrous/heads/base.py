@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -24,6 +25,9 @@ class Head(nn.Module, ABC):
         info: Channels and reduction of every level that `forward` will get, the finest first.
         num_classes: ``K``.
     """
+
+    paper: ClassVar[str] = ""
+    """Authors, year, and where it can be read."""
 
     def __init__(self, info: Sequence[FeatureInfo], num_classes: int) -> None:
         super().__init__()
