@@ -278,8 +278,10 @@ def test_options_are_refused_by_name(name: str, options: dict[str, Any], says: s
 @pytest.mark.parametrize(
     ("name", "strides", "says"),
     [
-        ("fpn", (4, 8, 16), "fpn reads four levels from stride 4 on, but this backbone gives 3"),
-        ("pan", (4, 8, 16, 32, 64), "pan reads two to four levels from stride 4 on, but this backbone gives 5"),
+        ("fpn", (4, 8, 16), "fpn reads 4 or more levels from stride 4 on, but this backbone gives 3"),
+        ("upernet", (4,), "upernet reads 2 or more levels"),
+        ("segformer", (2, 4), "segformer reads 2 or more levels"),
+        ("pan", (4, 8, 16, 32, 64), "pan reads 2 to 4 levels from stride 4 on, but this backbone gives 5"),
     ],
 )
 def test_numbers_of_levels_are_refused(name: str, strides: tuple[int, ...], says: str) -> None:

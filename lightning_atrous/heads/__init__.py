@@ -1,4 +1,4 @@
-"""Heads, one a file; `HEADS` has them all by name."""
+"""Heads, one a file, SMP's by their kind; `HEADS` has them all by name."""
 
 from lightning_atrous.heads.base import HEADS, Head, HeadFactory, create_head
 from lightning_atrous.heads.deeplabv3 import DeepLabV3

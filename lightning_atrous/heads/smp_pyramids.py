@@ -84,11 +84,7 @@ class FPN(SMPHead):
     ) -> None:
         pyramid = Pyramid.of(info, "fpn")
         check_doubling(pyramid.strides[2:], "fpn")
-        if len(pyramid.coarse) < 4:
-            raise ValueError(
-                f"fpn reads four levels from stride 4 on, but this backbone gives {len(pyramid.coarse)}; take another "
-                f"backbone, or a head that reads any number, such as unet or upernet"
-            )
+        _check_number(pyramid, "fpn", least=4)
         at_least(1, "pyramid_channels", pyramid_channels)
         if segmentation_channels < 1 or segmentation_channels % GROUPS:
             raise ValueError(
@@ -155,11 +151,7 @@ class PAN(SMPHead):
         upsampling: int = 1,
     ) -> None:
         pyramid = Pyramid.of(info, "pan")
-        if not 2 <= len(pyramid.coarse) <= 4:
-            raise ValueError(
-                f"pan reads two to four levels from stride 4 on, but this backbone gives {len(pyramid.coarse)}; take "
-                f"another backbone, or a head that reads any number, such as unet or upernet"
-            )
+        _check_number(pyramid, "pan", least=2, most=4)
         at_least(1, "channels", channels)
         one_of(get_args(Interpolation), "interpolation", interpolation)
         decoder = PANDecoder(
@@ -222,6 +214,7 @@ class UPerNet(SMPHead):
         upsampling: int = 1,
     ) -> None:
         pyramid = Pyramid.of(info, "upernet")
+        _check_number(pyramid, "upernet", least=2)
         at_least(1, "channels", channels)
         # an instance norm has nothing to normalise in the bin that holds the whole image
         one_of(get_args(PooledNorm), "use_norm", use_norm)
@@ -278,6 +271,7 @@ class Segformer(SMPHead):
         upsampling: int = 1,
     ) -> None:
         pyramid = Pyramid.of(info, "segformer")
+        _check_number(pyramid, "segformer", least=2)
         at_least(1, "segmentation_channels", segmentation_channels)
         decoder = SegformerDecoder(
             encoder_channels=pyramid.channels,
@@ -307,3 +301,12 @@ class Segformer(SMPHead):
         _, half, *coarse = self.pyramid.maps(features)
         # the decoder scores at a quarter of the image, rounded down: of one that ends where the level of stride 4 does
         return self.score([empty_above(coarse[0], 4), half, *coarse], coarse[0])
+
+
+def _check_number(pyramid: Pyramid, head: str, *, least: int, most: int | None = None) -> None:
+    given = len(pyramid.coarse)
+    if given < least or (most is not None and given > most):
+        raise ValueError(
+            f"{head} reads {least} {'or more' if most is None else f'to {most}'} levels from stride 4 on, but this "
+            f"backbone gives {given}; take another backbone, or a head that reads any number, such as unet"
+        )
