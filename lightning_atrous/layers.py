@@ -6,13 +6,21 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_atrous.types import Preprocess
 
-__all__ = ["ConvNormAct", "ImagePool", "Normalize", "SeparableConv", "class_map", "enlarge", "resize"]
+__all__ = [
+    "ConvNormAct",
+    "ImagePool",
+    "Normalize",
+    "SeparableConv",
+    "SingleValueNorm",
+    "class_map",
+    "enlarge",
+    "resize",
+]
 
 
 def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
@@ -213,7 +221,7 @@ class ImagePool(nn.Module):
     """What is in the image, or in each part of it (ParseNet; PSPNet): mean over the map, 1×1, spread out again.
 
     ``(B, C_in, h, w)`` → ``(B, C_out, h, w)``. With one image in a training batch the pooled map has a single
-    value per channel, of which no batch statistics exist: the norm then uses its running ones.
+    value per channel: see `SingleValueNorm`.
 
     Args:
         in_channels: ``C_in``.
@@ -226,30 +234,26 @@ class ImagePool(nn.Module):
         super().__init__()
         self.bins = bins
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=not norm)
-        self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+        self.norm = SingleValueNorm(out_channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool, project, spread."""
         mean = x.mean(dim=(2, 3), keepdim=True) if self.bins == 1 else F.adaptive_avg_pool2d(x, self.bins)
-        pooled = self.conv(mean)
-        norm = self.norm
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and _values(norm, pooled) == 1:
-            pooled = F.batch_norm(
-                pooled,
-                norm.running_mean,
-                norm.running_var,
-                norm.weight,
-                norm.bias,
-                training=False,
-                eps=norm.eps,
-            )
-        else:
-            pooled = norm(pooled)
-        pooled = F.relu(pooled)
+        pooled = F.relu(self.norm(self.conv(mean)))
         return pooled.expand(-1, -1, *x.shape[-2:]) if self.bins == 1 else resize(pooled, x.shape[-2:])
 
 
-def _values(norm: nn.Module, pooled: Tensor) -> int:
-    """Of how many values a norm takes the statistics of a channel: this process's, or those of all."""
-    ranks = dist.get_world_size() if isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() else 1
-    return pooled.shape[0] * pooled.shape[2] * pooled.shape[3] * ranks
+class SingleValueNorm(nn.BatchNorm2d):
+    """Batch norm behind a pooling that may leave one value per channel, of which no batch statistics exist.
+
+    With one image in a training batch it uses its running statistics. (Over several processes, `nn.SyncBatchNorm` takes
+    its place, and there always are several values.)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(B, C, h, w)`` → the same."""
+        if not self.training or input.numel() > input.shape[1]:
+            return super().forward(input)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )

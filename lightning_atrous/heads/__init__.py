@@ -1,4 +1,4 @@
-"""Heads, one a file; `HEADS` has them all by name."""
+"""Heads, one a file, SMP's by their kind; `HEADS` has them all by name."""
 
 from lightning_atrous.heads.base import HEADS, Head, HeadFactory, create_head
 from lightning_atrous.heads.deeplabv1 import DeepLabV1
@@ -13,12 +13,16 @@ from lightning_atrous.heads.lraspp import LRASPP
 from lightning_atrous.heads.psp import PSP
 from lightning_atrous.heads.rfb import RFB
 from lightning_atrous.heads.segnet import SegNet
+from lightning_atrous.heads.smp_pyramids import FPN, PAN, Segformer, UPerNet
+from lightning_atrous.heads.smp_skips import Linknet, MAnet, Unet, UnetPlusPlus
 
 __all__ = [
     "DUC",
     "FCN",
+    "FPN",
     "HEADS",
     "LRASPP",
+    "PAN",
     "PSP",
     "RFB",
     "DeepLabV1",
@@ -28,7 +32,13 @@ __all__ = [
     "DenseASPPHead",
     "Head",
     "HeadFactory",
+    "Linknet",
+    "MAnet",
     "SegNet",
+    "Segformer",
     "SkipFCN",
+    "UPerNet",
+    "Unet",
+    "UnetPlusPlus",
     "create_head",
 ]
