@@ -3,7 +3,7 @@
 python benchmarks/shapes.py docs/shapes.md [--only NAME ...]
 
 The images are of 64×64 and the config's backbone has 96 channels at its end, so some heads are told smaller rates and
-widths than their papers'; the table says which. Each training is a run in ``--runs``, and one that is there is not done again.
+widths than their papers', as the table says. Each training is a run in ``--runs``; one that is there is not done again.
 """
 
 from __future__ import annotations
