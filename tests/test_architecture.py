@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry", "files", "arrays"},
+    {"types", "registry", "files", "arrays", "signatures"},
     {
         "layers",
         "dilation.ops",
@@ -35,7 +35,7 @@ LAYERS = [
     {"model", "checkpoint"},
     {"task"},
     {"callbacks", "loggers", "plugins", "speed"},
-    {"training", "prediction", "support"},
+    {"training", "prediction", "support", "listing"},
     {"cli"},
     {"__main__"},
 ]
@@ -61,7 +61,8 @@ WALLS = {
     "jsonargparse": {"training"},
     "wandb": {"loggers"},
     "segmentation_models_pytorch": {"heads.smp", "losses", "interop"},
-    "rich": {"callbacks", "cli", "prediction", "support"},
+    "docstring_parser": {"signatures"},
+    "rich": {"callbacks", "listing", "prediction", "support"},
     "PIL": {"arrays", "images", "task"},
     "tifffile": {"arrays"},
 }

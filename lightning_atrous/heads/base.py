@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -24,6 +25,9 @@ class Head(nn.Module, ABC):
         info: Channels and reduction of every level that `forward` will get, the finest first.
         num_classes: ``K``.
     """
+
+    paper: ClassVar[str] = ""
+    """Who described it and where, in one line, such as ``Long et al., CVPR 2015, arXiv:1411.4038``."""
 
     def __init__(self, info: Sequence[FeatureInfo], num_classes: int) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ section 3.3 and figure 5. Deviation: dropout of 0.1 behind the pyramid, as in th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ class DeepLabV3(Head):
     Raises:
         ValueError: A rate that is no whole number of at least 1 at the backbone's stride.
     """
+
+    paper: ClassVar[str] = "Chen et al., 2017, arXiv:1706.05587"
 
     def __init__(
         self,

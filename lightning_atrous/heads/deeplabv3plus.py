@@ -7,6 +7,7 @@ Segmentation (ECCV 2018), section 3.1 and figure 2; defaults are the best rows o
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,8 @@ class DeepLabV3Plus(Head):
     Raises:
         ValueError: No level of stride 4, or a rate that is no whole number of at least 1 at the backbone's stride.
     """
+
+    paper: ClassVar[str] = "Chen et al., ECCV 2018, arXiv:1802.02611"
 
     def __init__(
         self,

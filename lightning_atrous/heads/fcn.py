@@ -7,6 +7,7 @@ baseline and the auxiliary head of PSPNet and its successors: one map, no skips,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -32,6 +33,8 @@ class FCN(Head):
     Raises:
         ValueError: A level that the backbone does not have.
     """
+
+    paper: ClassVar[str] = "Long et al., CVPR 2015, arXiv:1411.4038"
 
     def __init__(
         self,
