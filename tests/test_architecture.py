@@ -30,10 +30,10 @@ LAYERS = [
     {"dilation.network"},
     {"dilation.timing", "dilation.stride"},
     {"backbone", "context", "losses", "metrics", "optim", "complaints", "data.base"},
-    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base"},
+    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base", "testing.cases"},
     {"heads.fcn", "heads.deeplabv3", "heads.deeplabv3plus"},
     {"model", "checkpoint"},
-    {"task"},
+    {"task", "testing.contract"},
     {"callbacks", "loggers", "plugins", "speed"},
     {"training", "prediction", "support", "listing"},
     {"cli"},
@@ -67,7 +67,7 @@ WALLS = {
     "tifffile": {"arrays"},
 }
 
-PACKAGES = {"dilation", "heads", "data"}
+PACKAGES = {"dilation", "heads", "data", "testing"}
 
 
 def modules() -> dict[str, Path]:
