@@ -31,7 +31,7 @@ def test_registered_heads_keep_the_contract(name: str) -> None:
 
 def test_the_cases_put_any_two_values_together() -> None:
     axes = [
-        [(case.backbone, case.output_stride, case.size, case.batch, case.precision)[axis] for case in HEAD_CASES]
+        [(case.backbone, case.output_stride, case.size, case.batch, case.precision)[axis] for case in HEAD_CASES[1:]]
         for axis in range(5)
     ]
     for one, other in itertools.combinations(axes, 2):
@@ -105,6 +105,14 @@ class GradientNotFinite(Sound):
     def forward(self, features: Features) -> Tensor:
         logits = super().forward(features)
         return logits + (logits - logits.detach()).sqrt()
+
+
+class OverwritesWhatBackwardNeeds(Sound):
+    def forward(self, features: Features) -> Tensor:
+        gates = super().forward(features).sigmoid()
+        logits = gates * gates
+        gates.zero_()
+        return logits
 
 
 class MixesTheBatch(Sound):
@@ -230,10 +238,25 @@ class UpsamplesAtOneStride(Upsamples):
             raise ValueError(f"its scores are those of output stride {self.factor}; keep the backbone at that one")
 
 
-class RefusesHalfway(Sound):
+class RefusesTheWayBack(Sound):
     def retarget(self, info: Sequence[FeatureInfo]) -> None:
-        self.conv.weight.data.zero_()
         raise ValueError("this head stays at the stride at which it was built")
+
+
+class RefusesHalfway(Sound):
+    def __init__(self, info: Sequence[FeatureInfo], num_classes: int) -> None:
+        super().__init__(info, num_classes)
+        self.home = info[-1].reduction
+
+    def retarget(self, info: Sequence[FeatureInfo]) -> None:
+        if info[-1].reduction != self.home:
+            self.conv.weight.data.zero_()
+            raise ValueError("this head stays at the stride at which it was built")
+
+
+class RunsAtHomeAlone(Sound):
+    def retarget(self, info: Sequence[FeatureInfo]) -> None:
+        self.conv.dilation = (0, 0)
 
 
 class CrashesOnRetarget(Sound):
@@ -270,10 +293,16 @@ class RefusesOneClass(Sound):
         super().__init__(info, num_classes)
 
 
-class SqueezesOneClass(Sound):
+class DropsOneClass(Sound):
+    def forward(self, features: Features) -> Tensor:
+        return super().forward(features).squeeze(1)
+
+
+class ComparesClasses(Sound):
     def forward(self, features: Features) -> Tensor:
         logits = super().forward(features)
-        return logits / logits.std(1, keepdim=True)
+        centred = logits - logits.mean(1, keepdim=True)
+        return centred / centred.abs().amax(1, keepdim=True)
 
 
 class NoHead(nn.Conv2d):
@@ -327,6 +356,7 @@ BROKEN = {
     Pair: "gives tuple, where a floating tensor",
     NotFinite: "logits that are not finite",
     GradientNotFinite: r"the parameter conv\.\w+ a gradient that is not finite",
+    OverwritesWhatBackwardNeeds: "the backward pass raises RuntimeError",
     MixesTheBatch: "where other images are in its batch",
     Random: "other logits for the same features in eval mode",
     ChangesItsInput: "changes the features in place",
@@ -342,14 +372,17 @@ BROKEN = {
     StaysBehindAGate: "other logits after retarget to output stride 16 than a head built there",
     FollowsTooFar: "follows to output stride 32, where it refuses to be built: reach 16 must be a multiple",
     Upsamples: r"with other weights than a head built there: score.weight is \(320, .* in place of \(1280, ",
-    RefusesHalfway: "retarget back from output stride 16 raises ValueError",
+    RefusesTheWayBack: "retarget back from output stride 16 raises ValueError",
+    RefusesHalfway: "is not what it was after retarget to output stride 16 and back",
+    RunsAtHomeAlone: "forward after retarget to output stride 16 raises RuntimeError",
     CrashesOnRetarget: "retarget raises KeyError: 16",
     RefusesInAWord: "refuses by 'no', where one sentence must say what is needed",
     LeavesItToTorch: r"leaves a refusal to torch \(in_channels must be divisible by groups\)",
     CrashesAtOnce: r"raises IndexError when it is built .*refuses by ValueError",
     RefusesAll: "refuses to be built for every case; for the last: this head needs a level of stride 64, got 32",
     RefusesOneClass: "refuses one class, where it takes 5: this head needs two classes",
-    SqueezesOneClass: "an image of 47×70 and one class logits .* or not finite",
+    DropsOneClass: "an image through the network and the head, to one class, raises",
+    ComparesClasses: "an image of 47×70 and one class logits .* or not finite",
     NoHead: "gives a NoHead when it is built, where a Head is expected",
     AnyOptions: r"\*\*options: 'int' must be a keyword-only option",
     OptionByPlace: "reach: 'int' = 32 must be a keyword-only option",
@@ -360,7 +393,6 @@ BROKEN = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:std\\(\\). degrees of freedom:UserWarning")
 @pytest.mark.parametrize("head", BROKEN, ids=lambda head: head.__name__)
 def test_a_broken_head_is_caught(head: type[Head]) -> None:
     with pytest.raises(AssertionError, match=BROKEN[head]) as failure:

@@ -12,7 +12,7 @@ import torch
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.types import Features
 
-__all__ = ["HEAD_CASES", "STRIDES", "WIDE", "HeadCase", "backbone_at", "features_at"]
+__all__ = ["HEAD_CASES", "WIDE", "HeadCase", "backbone_at", "features_at", "other_stride"]
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,11 @@ class HeadCase:
 
 
 CNN, PHASED, PATCHED, WINDOWS = "resnet18", "mobilenetv3_small_100", "convnext_femto", "swin_tiny_patch4_window7_224"
+PLAIN = "test_vit"
+"""Three levels, and all of one stride."""
 
 HEAD_CASES = (
+    HeadCase(PLAIN, 16, (65, 97), 2, "float32"),
     HeadCase(CNN, 8, (65, 97), 1, "float32"),
     HeadCase(CNN, 16, (33, 32), 2, "bfloat16"),
     HeadCase(CNN, 32, (72, 45), 1, "bfloat16"),
@@ -54,14 +57,13 @@ HEAD_CASES = (
     HeadCase(WINDOWS, 16, (65, 97), 1, "bfloat16"),
     HeadCase(WINDOWS, 32, (33, 32), 1, "float32"),
 )
-"""Every network at every stride, and every two values of the other axes together at least once."""
+"""A plain transformer; then every network at every stride, and any two values of the other axes together somewhere."""
 
 _TIMM_OPTIONS: MappingProxyType[str, dict[str, Any]] = MappingProxyType(
     {WINDOWS: {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 4, 8), "window_size": 4}}
 )
 """What makes a network small whose kind alone matters here."""
 
-STRIDES = (8, 16, 32)
 WIDE = (33, 193)
 """Few positions, and yet so long that a rate meant for another stride meets other ones."""
 
@@ -73,6 +75,12 @@ def backbone_at(name: str, output_stride: int) -> TimmBackbone:
         torch.manual_seed(0)
         options = _TIMM_OPTIONS.get(name)
         return TimmBackbone(name, output_stride=output_stride, pretrained=False, timm_options=options).eval()
+
+
+def other_stride(name: str, output_stride: int) -> int:
+    """Where to move a network that is at a stride: to the next larger one that it has, or from the largest to 8."""
+    native = backbone_at(name, output_stride).dilation.native
+    return next((stride for stride in (16, 32) if output_stride < stride <= native), 8)
 
 
 @functools.cache
