@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Sequence
+import sys
+import types
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT
 from torch import Tensor, nn
 
 from lightning_atrous.heads import HEADS, DeepLabV3, Head
@@ -421,3 +424,15 @@ def test_a_refusal_with_a_sentence_is_allowed() -> None:
     assert "would be 0.5 on a map of stride 32" in refused[CHEAP[-1]]
     with pytest.raises(ValueError, match="got no cases; give at least one"):
         check_head(Sound, cases=())
+
+
+def test_the_head_in_the_documentation_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs" / "heads.md").read_text()
+    head, test = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
+    module = types.ModuleType("my_package")
+    monkeypatch.setitem(sys.modules, "my_package", module)
+    exec(head, vars(module))
+    assert issubclass(module.Linear, Head)
+    tests: dict[str, Callable[[], None]] = {}
+    exec(test, tests)
+    tests["test_linear"]()

@@ -6,6 +6,7 @@ import inspect
 import re
 
 import pytest
+from conftest import ROOT
 
 from lightning_atrous.complaints import Complaint
 from lightning_atrous.heads import HEADS
@@ -70,6 +71,18 @@ def test_a_head_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(HEADS.broken, "lost", "a-plugin (gone:Head): ModuleNotFoundError: gone")
     with pytest.raises(Complaint, match="the head 'lost' could not be imported from a-plugin"):
         tell_list(["heads", "lost"])
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_the_page_of_heads_is_made_from_these_heads(name: str) -> None:
+    page = (ROOT / "docs" / "heads.md").read_text()
+    section = page.partition(f"\n### {name}\n")[2].partition("\n##")[0]
+    assert section, "not there; run benchmarks/heads.py docs/heads.md"
+    assert summary_of(HEADS[name]) in section
+    assert HEADS[name].paper in section
+    rows = [f"| `{o.name}` | `{o.type}` | `{o.default}` | {o.words} |" for o in options_of(HEADS[name])]
+    written = [line.replace("\\|", "|") for line in section.splitlines() if line.startswith("| `")]
+    assert written == rows, "run benchmarks/heads.py docs/heads.md"
 
 
 class Wall:
