@@ -3,14 +3,15 @@
 python benchmarks/heads.py docs/heads.md [--rounds 3] [--device cuda] [--names NAME ...]
 
 Words, types and defaults are those of the docstrings and signatures. The costs are on resnet50 at output stride 16, or
-at 8 where a head refuses 16. Times are of a training step, backbone included, in units of fcn's at the same stride:
-every round runs all heads once, in an order that rotates, and the median of the rounds' ratios is shown. `--rounds 0`
-leaves them out.
+at 8 or 32 where a head refuses 16. Times are of a training step, backbone included, in units of fcn's at the same
+stride: every round runs all heads once, in an order that rotates, and the median of the rounds' ratios is shown.
+`--rounds 0` leaves them out.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import os
 import statistics
@@ -32,7 +33,7 @@ from lightning_atrous.signatures import options_of, summary_of
 from lightning_atrous.types import FeatureInfo
 
 BACKBONE = "resnet50"
-STRIDES = (16, 8)
+STRIDES = (16, 8, 32)
 CLASSES = 19
 BASELINE = "fcn"
 
@@ -40,8 +41,8 @@ PREFACE = """\
 # Heads
 
 A head turns a backbone's feature maps into a score for every class, at its own stride. It owns no loss, no metric and
-no resizing to the image. It knows each level's channels and reduction, and follows when the backbone's output stride
-changes: its weights stay, its atrous rates keep their reach in the image.
+no resizing to the image. It knows each level's channels and reduction. When the backbone's output stride changes it
+follows, or says why it cannot: its weights stay, and its atrous rates keep their reach in the image.
 
 In a config `head: {class_path: NAME, init_args: {OPTION: VALUE}}`, typed `--model.head NAME --model.head.OPTION VALUE`,
 in Python `create_head(NAME, backbone.info, classes, OPTION=VALUE)`. `lightning-atrous list heads` tells the same as
@@ -51,8 +52,8 @@ this page.
 
 - `deeplabv3plus` is the default: context from the last map, edges from the one of stride 4.
 - `fcn` is what to compare with, and with `level: -2` the usual auxiliary head.
-- A head that *reads* the last level alone takes any backbone. One that needs a level which the backbone does not give
-  says so: plain vision transformers have a single level, and networks that begin with patches none of stride 2.
+- Most heads that *read* the last level alone take any backbone. One that needs a level which the backbone does not
+  give says so: plain vision transformers have levels of one stride alone, networks that begin with patches none of 2.
 - Logits of a small stride keep what is thin, and cost what large maps cost. Behind a light backbone a heavy head is
   most of the step: look at the multiply-adds beside those of the backbone.
 """
@@ -136,16 +137,18 @@ def build(name: str, backbones: dict[int, TimmBackbone]) -> tuple[Head, int]:
 
 
 def cost(name: str, backbones: dict[int, TimmBackbone], options: argparse.Namespace) -> Cost:
-    """Count in a forward pass; see what is read by where gradients arrive."""
+    """Count in a forward pass without numbers; see what is read by where gradients arrive."""
     head, output_stride = build(name, backbones)
     info = backbones[output_stride].info
-    small = maps(info, 2, 128, options.device)
-    head.to(options.device).train()(small).sum().backward()
-    head.zero_grad()
-    native = TimmBackbone(BACKBONE, output_stride=None, pretrained=False).info
-    strides = [level.reduction for level, x in zip(native, small, strict=True) if x.grad is not None]
+    counted = copy.deepcopy(head).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        logits = head.eval()(maps(info, 1, options.size, options.device))
+        logits = counted(maps(info, options.size))
+    features = maps(info, options.size)
+    for level in features:
+        level.requires_grad_()
+    counted(features).sum().backward()
+    native = backbones[max(STRIDES)].info
+    strides = [level.reduction for level, x in zip(native, features, strict=True) if x.grad is not None]
     return Cost(
         head,
         output_stride,
@@ -156,10 +159,10 @@ def cost(name: str, backbones: dict[int, TimmBackbone], options: argparse.Namesp
     )
 
 
-def maps(info: tuple[FeatureInfo, ...], batch: int, size: int, device: str) -> tuple[Tensor, ...]:
-    """Features of images of that size, each to be asked for its gradient."""
-    shapes = [(batch, level.channels, size // level.reduction, size // level.reduction) for level in info]
-    return tuple(torch.rand(shape, device=device, requires_grad=True) for shape in shapes)
+def maps(info: tuple[FeatureInfo, ...], size: int) -> tuple[Tensor, ...]:
+    """Features of an image of that size, without numbers."""
+    shapes = [(1, level.channels, size // level.reduction, size // level.reduction) for level in info]
+    return tuple(torch.empty(shape, device="meta") for shape in shapes)
 
 
 def step(backbone: TimmBackbone, head: Head, image: Tensor) -> float:
@@ -179,7 +182,7 @@ def measure(costs: dict[str, Cost], backbones: dict[int, TimmBackbone], options:
     contenders = {(name, c.output_stride): c.head.train() for name, c in costs.items()}
     for stride in {c.output_stride for c in costs.values()}:
         if (BASELINE, stride) not in contenders:
-            contenders[BASELINE, stride] = HEADS[BASELINE](backbones[stride].info, CLASSES)
+            contenders[BASELINE, stride] = HEADS[BASELINE](backbones[stride].info, CLASSES).train()
     for net in (*backbones.values(), *contenders.values()):
         net.to(options.device, memory_format=torch.channels_last).train()
     image = torch.randn(options.batch, 3, options.size, options.size, device=options.device)
@@ -206,9 +209,10 @@ def table(costs: dict[str, Cost], backbones: dict[int, TimmBackbone], options: a
         row = [f"[{name}](#{name})", str(c.output_stride), c.reads, c.logits]
         row += [f"{c.parameters / 1e6:.2f} M", f"{c.multiply_adds / 1e9:.2f} G", *([c.step] if options.rounds else [])]
         lines.append(f"| {' | '.join(row)} |")
+    backbone = copy.deepcopy(backbones[STRIDES[0]]).to("meta").eval()
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        backbones[STRIDES[0]].eval()(torch.zeros(1, 3, options.size, options.size, device=options.device))
-    own = f"{BACKBONE} itself has {sum(p.numel() for p in backbones[STRIDES[0]].parameters()) / 1e6:.2f} M parameters"
+        backbone(torch.empty(1, 3, options.size, options.size, device="meta"))
+    own = f"{BACKBONE} itself has {sum(p.numel() for p in backbone.parameters()) / 1e6:.2f} M parameters"
     return [*lines, "", f"{own} and, at output stride {STRIDES[0]}, {counter.get_total_flops() / 2e9:.2f} G."]
 
 
@@ -218,7 +222,7 @@ def introduction(options: argparse.Namespace) -> str:
         f"Made by `benchmarks/heads.py` on {datetime.date.today()} with lightning-atrous {__version__}, timm "
         f"{timm.__version__}, torch {torch.__version__}: {BACKBONE}, one image of {options.size}×{options.size}, "
         f"{CLASSES} classes, options as they are by default. Parameters and multiply-adds are those of the head alone. "
-        "*Reads* are the levels that it takes in, by their strides in the network as it comes; *logits at* is a stride."
+        "*Reads* are the levels whose values go in, by their strides in the network as it comes; *logits at* a stride."
     )
     if not options.rounds:
         return made

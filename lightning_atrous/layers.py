@@ -6,20 +6,44 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_atrous.types import Preprocess
 
-__all__ = ["ConvNormAct", "ImagePool", "Normalize", "SeparableConv", "class_map", "resize"]
+__all__ = [
+    "ConvNormAct",
+    "ImagePool",
+    "Normalize",
+    "SeparableConv",
+    "SingleValueNorm",
+    "class_map",
+    "enlarge",
+    "resize",
+]
 
 
-def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, with pixel areas (not corners) aligned: ``(B, C, h, w)`` → ``(B, C, *size)``."""
+def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
+    """Bilinear: ``(B, C, h, w)`` → ``(B, C, *size)``.
+
+    Args:
+        x: The map.
+        size: Height and width that are wanted.
+        align_corners: Puts the centres of the corner pixels upon each other, as other packages do; else the areas of
+            the maps, which holds the content in place at every stride.
+    """
     if tuple(x.shape[-2:]) == tuple(size):
         return x
-    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False)
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def enlarge(logits: Tensor, times: int) -> Tensor:
+    """Logits raised by a whole factor with corners aligned, as some packages' models end: their weights want it so.
+
+    ``(B, K, h, w)`` → ``(B, K, times·h, times·w)``.
+    """
+    height, width = logits.shape[-2:]
+    return resize(logits, (times * height, times * width), align_corners=True)
 
 
 def class_map(logits: Tensor, size: Sequence[int]) -> Tensor:
@@ -92,8 +116,9 @@ class ConvNormAct(nn.Sequential):
         kernel_size: Odd.
         dilation: The atrous rate.
         groups: Of the convolution.
-        norm: Without it the convolution has a bias.
+        norm: Whether batch norm follows the convolution.
         act: Whether a ReLU ends it.
+        bias: Of the convolution; where not given it has one if no norm follows.
     """
 
     def __init__(
@@ -106,6 +131,7 @@ class ConvNormAct(nn.Sequential):
         groups: int = 1,
         norm: bool = True,
         act: bool = True,
+        bias: bool | None = None,
     ) -> None:
         layers: list[nn.Module] = [
             nn.Conv2d(
@@ -115,7 +141,7 @@ class ConvNormAct(nn.Sequential):
                 padding=dilation * (kernel_size // 2),
                 dilation=dilation,
                 groups=groups,
-                bias=not norm,
+                bias=not norm if bias is None else bias,
             )
         ]
         if norm:
@@ -149,12 +175,32 @@ class SeparableConv(nn.Sequential):
         out_channels: ``C_out``.
         kernel_size: Of the depthwise part, odd.
         dilation: The atrous rate, carried by the depthwise part.
+        norm: Batch norm; the convolutions have biases without it.
+        inner_norm: Whether norm and ReLU stand between the two parts also, and not behind the second alone.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3, *, dilation: int = 1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        dilation: int = 1,
+        norm: bool = True,
+        inner_norm: bool = True,
+    ) -> None:
         super().__init__(
-            ConvNormAct(in_channels, in_channels, kernel_size, dilation=dilation, groups=in_channels),
-            ConvNormAct(in_channels, out_channels),
+            ConvNormAct(
+                in_channels,
+                in_channels,
+                kernel_size,
+                dilation=dilation,
+                groups=in_channels,
+                norm=norm and inner_norm,
+                act=inner_norm,
+                bias=inner_norm and not norm,
+            ),
+            ConvNormAct(in_channels, out_channels, norm=norm),
         )
 
     @property
@@ -172,42 +218,42 @@ class SeparableConv(nn.Sequential):
 
 
 class ImagePool(nn.Module):
-    """Image-level features (ParseNet; DeepLabV3, section 3.3): mean over the map, 1×1, spread out again.
+    """What is in the image, or in each part of it (ParseNet; PSPNet): mean over the map, 1×1, spread out again.
 
     ``(B, C_in, h, w)`` → ``(B, C_out, h, w)``. With one image in a training batch the pooled map has a single
-    value per channel, of which no batch statistics exist: the norm then uses its running ones.
+    value per channel: see `SingleValueNorm`.
 
     Args:
         in_channels: ``C_in``.
         out_channels: ``C_out``.
         norm: Batch norm after the 1×1, which has a bias without it.
+        bins: Into how many parts each axis is divided.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, norm: bool = True) -> None:
+    def __init__(self, in_channels: int, out_channels: int, *, norm: bool = True, bins: int = 1) -> None:
         super().__init__()
+        self.bins = bins
         self.conv = nn.Conv2d(in_channels, out_channels, 1, bias=not norm)
-        self.norm = nn.BatchNorm2d(out_channels) if norm else nn.Identity()
+        self.norm = SingleValueNorm(out_channels) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Pool, project, spread."""
-        pooled = self.conv(x.mean(dim=(2, 3), keepdim=True))
-        norm = self.norm
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.training and _images(norm, pooled) == 1:
-            pooled = F.batch_norm(
-                pooled,
-                norm.running_mean,
-                norm.running_var,
-                norm.weight,
-                norm.bias,
-                training=False,
-                eps=norm.eps,
-            )
-        else:
-            pooled = norm(pooled)
-        return F.relu(pooled).expand(-1, -1, *x.shape[-2:])
+        mean = x.mean(dim=(2, 3), keepdim=True) if self.bins == 1 else F.adaptive_avg_pool2d(x, self.bins)
+        pooled = F.relu(self.norm(self.conv(mean)))
+        return pooled.expand(-1, -1, *x.shape[-2:]) if self.bins == 1 else resize(pooled, x.shape[-2:])
 
 
-def _images(norm: nn.Module, pooled: Tensor) -> int:
-    """How many images give a norm its statistics: this process's, or those of all."""
-    ranks = dist.get_world_size() if isinstance(norm, nn.SyncBatchNorm) and dist.is_initialized() else 1
-    return pooled.shape[0] * ranks
+class SingleValueNorm(nn.BatchNorm2d):
+    """Batch norm behind a pooling that may leave one value per channel, of which no batch statistics exist.
+
+    With one image in a training batch it uses its running statistics. (Over several processes, `nn.SyncBatchNorm` takes
+    its place, and there always are several values.)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """``(B, C, h, w)`` → the same."""
+        if not self.training or input.numel() > input.shape[1]:
+            return super().forward(input)
+        return F.batch_norm(
+            input, self.running_mean, self.running_var, self.weight, self.bias, training=False, eps=self.eps
+        )

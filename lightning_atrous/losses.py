@@ -70,6 +70,9 @@ class CrossEntropy(Loss):
             divisor is then the sum of the valid pixels' weights, so only the ratios matter.
         label_smoothing: The share of each target spread evenly over the classes, in ``[0, 1)`` (Szegedy et
             al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7).
+        shrink_labels: Take the labels at the logits' size (of every cell the pixel in its middle) in place of raising
+            the logits to the labels': what DeepLabV3 (section 4.1) advises against, for the comparison. Gradients are
+            still accumulated by the weights of the labels as they came.
 
     Raises:
         ValueError: Weights or smoothing out of range.
@@ -91,6 +94,7 @@ class CrossEntropy(Loss):
         *,
         class_weights: Sequence[float] | None = None,
         label_smoothing: float = 0.0,
+        shrink_labels: bool = False,
     ) -> None:
         super().__init__()
         if class_weights is not None:
@@ -99,6 +103,7 @@ class CrossEntropy(Loss):
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
         self.classes = classes
         self.label_smoothing = label_smoothing
+        self.shrink_labels = shrink_labels
         weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         # not persistent: an option, kept with the others, is no weight of the network
         self.register_buffer("class_weights", weights, persistent=False)
@@ -116,6 +121,8 @@ class CrossEntropy(Loss):
             raise ValueError(
                 f"expected an int64 target ({logits.shape[0]}, H, W), got {target.dtype} {tuple(target.shape)}"
             )
+        if self.shrink_labels:
+            target = _shrink(target, logits.shape[-2:])
         logits = resize(logits.to(torch.promote_types(logits.dtype, torch.float32)), target.shape[-2:])
         weight = None if self.class_weights is None else self.class_weights.to(logits.dtype)
         total = F.cross_entropy(
@@ -153,6 +160,15 @@ def mean_over_ranks(x: Tensor) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+def _shrink(target: Tensor, size: Sequence[int]) -> Tensor:
+    """Labels ``(B, H, W)`` → ``(B, *size)``: of each cell the pixel in its middle."""
+    rows, columns = (
+        ((torch.arange(cells, device=target.device) + 0.5) * (pixels / cells)).long()
+        for cells, pixels in zip(size, target.shape[-2:], strict=True)
+    )
+    return target[:, rows[:, None], columns]
 
 
 def _check_weights(weights: Sequence[float], classes: ClassInfo) -> None:

@@ -16,7 +16,7 @@ class Option:
 
     Args:
         name: As it is given.
-        type: As it is annotated; empty where it is not.
+        type: As it is annotated, aliases resolved; empty where it is not.
         default: As Python writes it; None where one must be given.
         words: From the docstring; empty where it has none.
     """
@@ -55,7 +55,7 @@ def options_of(cls: type) -> tuple[Option, ...]:
             None if parameter.default is parameter.empty else repr(parameter.default),
             words.get(parameter.name, ""),
         )
-        for parameter in inspect.signature(cls).parameters.values()
+        for parameter in _signature(cls).parameters.values()
         if parameter.kind is parameter.KEYWORD_ONLY
     )
 
@@ -82,6 +82,13 @@ def _parameters(doc: str) -> list[docstring_parser.DocstringParam]:
         return []
 
 
+def _signature(cls: type) -> inspect.Signature:
+    """With what stands behind an alias, such as the words of a Literal, in place of its name."""
+    try:
+        return inspect.signature(cls, eval_str=True)
+    except NameError:  # imported for type checkers alone: as it is written, then
+        return inspect.signature(cls)
+
+
 def _written(annotation: object) -> str:
-    # under `from __future__ import annotations` they are strings already
     return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import typing
 
 import pytest
 from conftest import ROOT
@@ -52,7 +53,8 @@ def test_a_head_in_detail(
     arguments = inspect.getdoc(HEADS[name]).partition("Args:")[2].partition("\n\n")[0]
     written = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w|\Z)", arguments, re.M | re.S))
     for option, parameter in list(inspect.signature(HEADS[name]).parameters.items())[2:]:
-        assert f"{option}={parameter.default!r}  {parameter.annotation}\n" in shown
+        written_type = inspect.formatannotation(typing.get_type_hints(HEADS[name].__init__)[option])
+        assert words_of(f"{option}={parameter.default!r} {written_type}") in words_of(shown)
         assert words_of(written[option]) in words_of(shown)
 
 
@@ -133,10 +135,26 @@ def test_options_as_they_are_written() -> None:
     assert list(map(summary_of, (Wall, Fence, Gate))) == ["What is painted, and by whom.", "A wall with gaps.", ""]
 
 
+Colour = typing.Literal["red", "blue"]
+
+
 class Box:
     def __init__(self, *, size=None) -> None: ...
+
+
+class Bag:
+    def __init__(self, *, colour: Colour | None = None) -> None: ...
+
+
+class Sack:
+    def __init__(self, *, colour: Unknown = "red") -> None: ...  # noqa: F821
 
 
 def test_types_that_are_no_strings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(Box.__init__.__annotations__, "size", tuple[int, ...] | None)
     assert options_of(Box) == (Option("size", "tuple[int, ...] | None", "None", ""),)
+
+
+def test_aliases_are_resolved_where_they_are_known() -> None:
+    assert options_of(Bag)[0].type == "Optional[Literal['red', 'blue']]"
+    assert options_of(Sack)[0].type == "Unknown"

@@ -35,6 +35,15 @@ def random_pair(
     return logits.requires_grad_(), target
 
 
+@pytest.mark.parametrize("size", [(3, 4), (9, 12), (4, 5)])
+def test_labels_may_be_shrunk_in_place_of_raising_logits(size: tuple[int, int]) -> None:
+    logits, target = random_pair(size)
+    rows, columns = ([int((i + 0.5) * n / m) for i in range(m)] for m, n in zip(size, (9, 12), strict=True))
+    small = torch.tensor([[[int(image[row, column]) for column in columns] for row in rows] for image in target])
+    value = CrossEntropy(class_info(), shrink_labels=True)(logits, target)
+    torch.testing.assert_close(value, F.cross_entropy(logits, small, ignore_index=255))
+
+
 @pytest.mark.parametrize("size", [(3, 4), (9, 12), (20, 7)])
 @pytest.mark.parametrize("ignore_index", [255, -1, -100])
 @pytest.mark.parametrize("class_weights", [None, WEIGHTS])

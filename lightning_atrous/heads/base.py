@@ -27,7 +27,7 @@ class Head(nn.Module, ABC):
     """
 
     paper: ClassVar[str] = ""
-    """Who described it and where, in one line, such as ``Long et al., CVPR 2015, arXiv:1411.4038``."""
+    """Authors, year, and where it can be read."""
 
     def __init__(self, info: Sequence[FeatureInfo], num_classes: int) -> None:
         super().__init__()

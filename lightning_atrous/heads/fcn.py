@@ -2,6 +2,7 @@
 
 Long, Shelhamer, Darrell: Fully Convolutional Networks for Semantic Segmentation (CVPR 2015), in the form that is the
 baseline and the auxiliary head of PSPNet and its successors: one map, no skips, bilinear upsampling by whoever asks.
+The paper's own FCN-32s, 16s and 8s are in `fcn_skips`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lightning_atrous.heads.base import HEADS, Head
@@ -28,13 +30,14 @@ class FCN(Head):
         level: Which level it reads: -1 the last, -2 the one before (the usual place of an auxiliary head).
         channels: Width of the 3×3 convolutions; a quarter of the level's where not given.
         convs: How many 3×3 convolutions.
+        concat_input: One more 3×3, on the level and what the others made of it (mmsegmentation).
         dropout: Before the scores.
 
     Raises:
         ValueError: A level that the backbone does not have.
     """
 
-    paper: ClassVar[str] = "Long et al., CVPR 2015, arXiv:1411.4038"
+    paper: ClassVar[str] = "Long, Shelhamer, Darrell 2015, arXiv:1411.4038"
 
     def __init__(
         self,
@@ -44,6 +47,7 @@ class FCN(Head):
         level: int = -1,
         channels: int | None = None,
         convs: int = 1,
+        concat_input: bool = False,
         dropout: float = 0.1,
     ) -> None:
         super().__init__(info, num_classes)
@@ -52,14 +56,18 @@ class FCN(Head):
         if convs < 0:
             raise ValueError(f"convs must be 0 or more, got {convs}")
         self.level = level
-        width = info[level].channels
-        layers: list[nn.Module] = []
-        for _ in range(convs):
-            out = channels or info[level].channels // 4
-            layers.append(ConvNormAct(width, out, 3))
-            width = out
-        self.layers = nn.Sequential(*layers, nn.Dropout(dropout), nn.Conv2d(width, num_classes, 1))
+        first = info[level].channels
+        inner = channels or max(first // 4, 1)
+        widths = [first] + [inner] * convs
+        self.convs = nn.Sequential(*(ConvNormAct(width, inner, 3) for width in widths[:-1]))
+        self.fuse = ConvNormAct(first + widths[-1], inner, 3) if concat_input else None
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Conv2d(inner if concat_input else widths[-1], num_classes, 1)
 
     def forward(self, features: Features) -> Tensor:
         """Scores at the level's own stride."""
-        return self.layers(features[self.level])
+        x = features[self.level]
+        seen = self.convs(x)
+        if self.fuse is not None:
+            seen = self.fuse(torch.cat([x, seen], dim=1))
+        return self.classifier(self.dropout(seen))
