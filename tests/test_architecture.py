@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry", "files", "arrays"},
+    {"types", "registry", "files", "arrays", "signatures"},
     {
         "layers",
         "dilation.ops",
@@ -30,7 +30,7 @@ LAYERS = [
     {"dilation.network"},
     {"dilation.timing", "dilation.stride"},
     {"backbone", "context", "losses", "metrics", "optim", "complaints", "data.base"},
-    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base"},
+    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base", "testing.cases"},
     {"heads.smp_base"},
     {
         "heads.fcn",
@@ -49,9 +49,9 @@ LAYERS = [
         "heads.smp_pyramids",
     },
     {"model", "checkpoint"},
-    {"task"},
+    {"task", "testing.contract"},
     {"callbacks", "loggers", "plugins", "speed"},
-    {"training", "prediction", "support"},
+    {"training", "prediction", "support", "listing"},
     {"cli"},
     {"__main__"},
 ]
@@ -77,12 +77,13 @@ WALLS = {
     "jsonargparse": {"training"},
     "wandb": {"loggers"},
     "segmentation_models_pytorch": {"heads.smp_base", "heads.smp_skips", "heads.smp_pyramids", "losses", "interop"},
-    "rich": {"callbacks", "cli", "prediction", "support"},
+    "docstring_parser": {"signatures"},
+    "rich": {"callbacks", "listing", "prediction", "support"},
     "PIL": {"arrays", "images", "task"},
     "tifffile": {"arrays"},
 }
 
-PACKAGES = {"dilation", "heads", "data"}
+PACKAGES = {"dilation", "heads", "data", "testing"}
 
 
 def modules() -> dict[str, Path]:
