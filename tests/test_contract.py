@@ -328,11 +328,6 @@ class OptionsAlone(Sound):
         super().__init__(info, num_classes)
 
 
-class OptionWithoutWords(Sound):
-    def __init__(self, info: Sequence[FeatureInfo], num_classes: int, *, depth: int = 1) -> None:
-        super().__init__(info, num_classes)
-
-
 class OptionWithoutType(Sound):
     def __init__(self, info: Sequence[FeatureInfo], num_classes: int, *, reach=32) -> None:
         super().__init__(info, num_classes, reach=reach)
@@ -390,7 +385,6 @@ BROKEN = {
     AnyOptions: r"\*\*options: 'int' must be a keyword-only option",
     OptionByPlace: "reach: 'int' = 32 must be a keyword-only option",
     OptionsAlone: "its first two arguments must be info and num_classes",
-    OptionWithoutWords: "option depth has no words",
     OptionWithoutType: "option reach has no type",
     OptionOfCode: "a default is no plain value: option act",
 }

@@ -34,7 +34,7 @@ _TOLERANCE = 1e-4
 def check_head(head: HeadFactory, *, cases: Sequence[HeadCase] = HEAD_CASES) -> dict[HeadCase, str]:
     """Check that a head keeps the contract of a head.
 
-    Its options are keywords with types, words and plain values. On every case, in training: logits ``(B, K, h, w)``,
+    Its options are keywords with types and plain values. On every case, in training: logits ``(B, K, h, w)``,
     finite, on the grid of a level or a finer one, and a finite gradient to every parameter. In evaluation: the same
     logits for the same features, whatever else is in the batch and whatever sizes came before; features left as they
     are. `Head.retarget` gives what a head built at the other stride gives with the same weights, or refuses. And
@@ -149,8 +149,6 @@ def _check_options(head: HeadFactory, cls: object) -> None:
     for option in options_of(cls):
         if not option.type:
             raise AssertionError(f"option {option.name} has no type, which the command line checks it by")
-        if not option.words:
-            raise AssertionError(f"option {option.name} has no words under Args in the class's docstring")
     defaults = {p.name: p.default for p in parameters[2:] if p.default is not p.empty}
     try:
         describe(functools.partial(cls, **defaults))
