@@ -124,8 +124,8 @@ def introduction(options: argparse.Namespace) -> str:
         f"# Heads on CamVid, trained alike\n\nMade by `benchmarks/camvid.py` on {datetime.date.today()} with "
         f"lightning-atrous {__version__}: `configs/camvid.yaml` (MobileNetV2 from ImageNet weights, output stride 16, "
         f"bf16) at half resolution (240×180), crops of {options.crop}×{options.crop}, {options.epochs} epochs of batch "
-        f"8, seed 1, one training a row. Validation on 101 images of 240×180 after the last epoch: the scores compare rows, and "
-        "are far from what the heads can do.\n"
+        f"8, seed 1, one training a row. Validation on 101 images of 240×180 after the last epoch: the scores compare "
+        "rows, and are far from what the heads can do.\n"
     )
 
 
