@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from lightning_atrous import __version__
 from lightning_atrous.complaints import Complaint
+from lightning_atrous.interop.command import import_checkpoint
 from lightning_atrous.listing import tell_list
 from lightning_atrous.prediction import predict
 from lightning_atrous.registry import close_matches
@@ -31,6 +32,10 @@ def _predict(arguments: Sequence[str]) -> None:
     predict(arguments[1:])
 
 
+def _import(arguments: Sequence[str]) -> None:
+    import_checkpoint(arguments[1:])
+
+
 def _support(arguments: Sequence[str]) -> None:
     tell_support(arguments[1:])
 
@@ -44,6 +49,7 @@ VERBS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "validate": ("score a checkpoint on the validation images", _train),
     "test": ("score a checkpoint on the test images", _train),
     "predict": ("CHECKPOINT IMAGES...: class indices, colours and overlays of pictures", _predict),
+    "import": ("SOURCE ...: checkpoints of torchvision, SMP and mmsegmentation into ours", _import),
     "support": ("NETWORK...: which output strides a backbone takes, how exactly, and why not others", _support),
     "list": ("heads [NAME] | backbones [PATTERN]: what can be put into a config, and its options", _list),
 }

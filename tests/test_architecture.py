@@ -50,8 +50,9 @@ LAYERS = [
     },
     {"model", "checkpoint"},
     {"task", "testing.contract"},
-    {"callbacks", "loggers", "plugins", "speed"},
-    {"training", "prediction", "support", "listing"},
+    {"callbacks", "loggers", "plugins", "speed", "interop.base"},
+    {"interop.torchvision", "interop.smp", "interop.mmseg"},
+    {"training", "prediction", "support", "listing", "interop.command"},
     {"cli"},
     {"__main__"},
 ]
@@ -76,14 +77,14 @@ WALLS = {
     },
     "jsonargparse": {"training"},
     "wandb": {"loggers"},
-    "segmentation_models_pytorch": {"heads.smp_base", "heads.smp_skips", "heads.smp_pyramids", "losses", "interop"},
+    "segmentation_models_pytorch": {"heads.smp_base", "heads.smp_skips", "heads.smp_pyramids", "losses", "interop.smp"},
     "docstring_parser": {"signatures"},
     "rich": {"callbacks", "listing", "prediction", "support"},
     "PIL": {"arrays", "images", "task"},
     "tifffile": {"arrays"},
 }
 
-PACKAGES = {"dilation", "heads", "data", "testing"}
+PACKAGES = {"dilation", "heads", "data", "testing", "interop"}
 
 
 def modules() -> dict[str, Path]:
