@@ -1,6 +1,6 @@
 """What mmsegmentation itself makes of an image: run by the Python of an environment of its own, not by pytest.
 
-    python tests/mmseg_original.py FCN|PSP|DeepLabV3|DeepLabV3Plus bgr|rgb contracted|plain FILE
+    python tests/mmseg_original.py FCN|PSP|DeepLabV3|DeepLabV3Plus ResNet|ResNetV1c 50|101 bgr|rgb contracted|plain FILE
 
 Writes a checkpoint as mmengine writes one (weights drawn at random, batch statistics too, the config as text, the data
 set's description), with an image as OpenCV reads it and the original's logits.
@@ -46,7 +46,7 @@ HEADS = {
 }
 
 
-def config(head: str, fed: str, dilated: str) -> Config:
+def config(head: str, network: str, depth: str, fed: str, dilated: str) -> Config:
     return Config(
         {
             "norm_cfg": NORM,
@@ -59,8 +59,8 @@ def config(head: str, fed: str, dilated: str) -> Config:
                     "bgr_to_rgb": fed == "rgb",
                 },
                 "backbone": {
-                    "type": "ResNetV1c",
-                    "depth": 50,
+                    "type": network,
+                    "depth": int(depth),
                     "strides": (1, 2, 1, 1),
                     "dilations": (1, 1, 2, 4),
                     "norm_cfg": NORM,
@@ -83,9 +83,10 @@ def config(head: str, fed: str, dilated: str) -> Config:
     )
 
 
-def main(head: str, fed: str, dilated: str, path: str) -> None:
+def main(*described: str) -> None:
+    *described, path = described
     torch.manual_seed(0)
-    whole = config(head, fed, dilated)
+    whole = config(*described)
     parts = {name: part for name, part in whole.model.items() if name not in ("type", "data_preprocessor")}
     model = EncoderDecoder(**parts).eval()
     for module in model.modules():

@@ -43,16 +43,16 @@ def original(tmp_path: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("head", "fed", "dilated"),
+    ("head", "network", "depth", "fed", "dilated"),
     [
-        ("FCN", "rgb", "contracted"),
-        ("PSP", "rgb", "contracted"),
-        ("DeepLabV3", "bgr", "plain"),
-        ("DeepLabV3Plus", "rgb", "contracted"),
+        ("FCN", "ResNetV1c", "50", "rgb", "contracted"),
+        ("PSP", "ResNetV1c", "101", "rgb", "contracted"),
+        ("DeepLabV3", "ResNetV1c", "50", "bgr", "plain"),
+        ("DeepLabV3Plus", "ResNet", "50", "rgb", "contracted"),
     ],
 )
-def test_logits_are_mmsegmentations(original: Any, head: str, fed: str, dilated: str) -> None:
-    content = original(head, fed, dilated)
+def test_logits_are_mmsegmentations(original: Any, head: str, network: str, depth: str, fed: str, dilated: str) -> None:
+    content = original(head, network, depth, fed, dilated)
     image, logits, aux = (content.pop(key) for key in ("image", "logits", "aux"))
     imported = from_mmseg(content)
     task = imported.task.double()

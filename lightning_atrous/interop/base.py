@@ -36,7 +36,7 @@ __all__ = [
 Tensors = Mapping[str, Tensor]
 """A state dict."""
 
-_SHOWN = 4
+_SHOWN = 3
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.")
 """What data-parallel training, compilation and Lightning modules put before every name."""
@@ -145,9 +145,8 @@ def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"there are no weights in this file; it has {_few(list(content))}; save a state_dict()")
-    for wrapper in _WRAPPERS:
-        if all(key.startswith(wrapper) for key in tensors):
-            tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
+    while wrapper := next((w for w in _WRAPPERS if all(key.startswith(w) for key in tensors)), None):
+        tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
     return tensors
 
 
