@@ -17,7 +17,7 @@ def backbone(**options) -> TimmBackbone:
     return TimmBackbone("resnet18", pretrained=False, **options).eval()
 
 
-@pytest.mark.parametrize("output_stride", [32, 16, 8])
+@pytest.mark.parametrize("output_stride", [32, 8])
 def test_a_level_is_what_the_named_module_gives(output_stride: int) -> None:
     plain, within = backbone(output_stride=32), backbone(output_stride=32, read_at={2: "layer2.0"})
     within.output_stride = output_stride

@@ -263,6 +263,10 @@ def _head(architecture: str, options: Mapping[str, Any]) -> HeadPlan:
     own = {key.removeprefix("decoder_"): value for key, value in options.items() if key.startswith("decoder_")}
     if "upsampling" in options:
         own["upsampling"] = options["upsampling"]
+    if "use_batchnorm" in own:  # its name before 0.5
+        own["use_norm"] = own.pop("use_batchnorm")
+    if isinstance(own.get("use_norm"), bool):
+        own["use_norm"] = "batchnorm" if own["use_norm"] else "identity"
     taken = set(inspect.signature(head).parameters)
     unknown = {key for key in options if key not in known and not key.startswith("decoder_")}
     _refuse_unknown(unknown | {f"decoder_{key}" for key in own if key not in taken}, architecture)

@@ -28,8 +28,8 @@ TORCHVISION_MODELS = (
 
 
 def _bits(index: int, channel: int) -> int:
-    """Every third bit of a class's index, the lowest of them first, as the highest bits of a channel: VOC's palette."""
-    return sum((index >> 3 * i + channel & 1) << 7 - i for i in range(3))
+    """VOC's palette: every third bit of a class's index, the lowest first, as the highest bits of a channel."""
+    return sum(((index >> (3 * i + channel)) & 1) << (7 - i) for i in range(3))
 
 
 VOC = ClassInfo(
@@ -56,7 +56,6 @@ VOC = ClassInfo(
         "train",
         "tvmonitor",
     ),
-    # the data set's own colours: the index's bits, dealt out to red, green and blue from the highest down
     palette=tuple((_bits(i, 0), _bits(i, 1), _bits(i, 2)) for i in range(21)),
 )
 """PASCAL VOC's classes, by the names that torchvision's weights carry."""
