@@ -1,6 +1,6 @@
 """What mmsegmentation itself makes of an image: run by the Python of an environment of its own, not by pytest.
 
-    python tests/mmseg_original.py FCN|PSP|DeepLabV3|DeepLabV3Plus ResNet|ResNetV1c 50|101 bgr|rgb contracted|plain FILE
+    python tests/mmseg_original.py HEAD ResNet|ResNetV1c DEPTH bgr|rgb 8|16 contracted|plain FILE
 
 Writes a checkpoint as mmengine writes one (weights drawn at random, batch statistics too, the config as text, the data
 set's description), with an image as OpenCV reads it and the original's logits.
@@ -46,7 +46,7 @@ HEADS = {
 }
 
 
-def config(head: str, network: str, depth: str, fed: str, dilated: str) -> Config:
+def config(head: str, network: str, depth: str, fed: str, stride: str, dilated: str) -> Config:
     return Config(
         {
             "norm_cfg": NORM,
@@ -61,8 +61,8 @@ def config(head: str, network: str, depth: str, fed: str, dilated: str) -> Confi
                 "backbone": {
                     "type": network,
                     "depth": int(depth),
-                    "strides": (1, 2, 1, 1),
-                    "dilations": (1, 1, 2, 4),
+                    "strides": (1, 2, 1, 1) if stride == "8" else (1, 2, 2, 1),
+                    "dilations": (1, 1, 2, 4) if stride == "8" else (1, 1, 1, 2),
                     "norm_cfg": NORM,
                     "contract_dilation": dilated == "contracted",
                 },

@@ -43,16 +43,18 @@ def original(tmp_path: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("head", "network", "depth", "fed", "dilated"),
+    ("head", "network", "depth", "fed", "stride", "dilated"),
     [
-        ("FCN", "ResNetV1c", "50", "rgb", "contracted"),
-        ("PSP", "ResNetV1c", "101", "rgb", "contracted"),
-        ("DeepLabV3", "ResNetV1c", "50", "bgr", "plain"),
-        ("DeepLabV3Plus", "ResNet", "50", "rgb", "contracted"),
+        ("FCN", "ResNet", "50", "rgb", "16", "contracted"),
+        ("PSP", "ResNetV1c", "101", "rgb", "8", "contracted"),
+        ("DeepLabV3", "ResNetV1c", "50", "bgr", "8", "plain"),
+        ("DeepLabV3Plus", "ResNetV1c", "152", "rgb", "8", "contracted"),
     ],
 )
-def test_logits_are_mmsegmentations(original: Any, head: str, network: str, depth: str, fed: str, dilated: str) -> None:
-    content = original(head, network, depth, fed, dilated)
+def test_logits_are_mmsegmentations(
+    original: Any, head: str, network: str, depth: str, fed: str, stride: str, dilated: str
+) -> None:
+    content = original(head, network, depth, fed, stride, dilated)
     image, logits, aux = (content.pop(key) for key in ("image", "logits", "aux"))
     imported = from_mmseg(content)
     task = imported.task.double()
@@ -62,6 +64,7 @@ def test_logits_are_mmsegmentations(original: Any, head: str, network: str, dept
         _, our_aux = task.model.forward_train(image)
     assert float((ours - logits).abs().max() / logits.abs().max()) < 1e-7  # the normalisation is float32
     assert float((our_aux - aux).abs().max() / aux.abs().max()) < 1e-7
+    assert task.model.output_stride == int(stride)
     assert task.classes.names == tuple("abcde")
     assert task.classes.palette[2] == (2, 4, 6)
     assert any("fed BGR" in remark for remark in imported.remarks) == (fed == "bgr")
