@@ -39,6 +39,8 @@ def rates_at_reduction(rates: Sequence[int], rates_at: int, reduction: int) -> t
         >>> rates_at_reduction((6, 12, 18), 16, 8)
         (12, 24, 36)
     """
+    if rates_at < 1:
+        raise ValueError(f"rates_at is the output stride for which rates are given, at least 1; got {rates_at}")
     effective = []
     for rate in rates:
         scaled, rest = divmod(rate * rates_at, reduction)

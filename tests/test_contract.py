@@ -170,6 +170,34 @@ class Detached(Sound):
         return super().forward(tuple(level.detach() for level in features))
 
 
+class LearnsFromTheFirst(Sound):
+    def forward(self, features: Features) -> Tensor:
+        logits = super().forward(features)
+        return torch.cat([logits[:1], logits[1:].detach()])
+
+
+class FinerInTraining(Sound):
+    def forward(self, features: Features) -> Tensor:
+        logits = super().forward(features)
+        return logits.repeat_interleave(2, 2).repeat_interleave(2, 3) if self.training else logits
+
+
+class Counts(Sound):
+    def __init__(self, info: Sequence[FeatureInfo], num_classes: int) -> None:
+        super().__init__(info, num_classes)
+        self.register_buffer("runs", torch.zeros(()))
+
+    def forward(self, features: Features) -> Tensor:
+        self.runs += 1
+        return super().forward(features)
+
+
+class Lazy(Sound):
+    def __init__(self, info: Sequence[FeatureInfo], num_classes: int) -> None:
+        super().__init__(info, num_classes)
+        self.score = nn.LazyConv2d(num_classes, 1)
+
+
 class NormOfOneValue(Sound):
     def __init__(self, info: Sequence[FeatureInfo], num_classes: int) -> None:
         super().__init__(info, num_classes)
@@ -363,6 +391,10 @@ BROKEN = {
     GrowsAsItRuns: r"changes its state dict as it runs: grid\d+ is",
     UnusedWeight: "the parameter spare.weight no gradient",
     Detached: "no level of the backbone a gradient",
+    LearnsFromTheFirst: "no gradient from some images of the batch",
+    FinerInTraining: r"gives logits \(.*\) in training, and \(.*\) in eval mode",
+    Counts: "changes runs as it runs in eval mode",
+    Lazy: "has no shape yet for its parameter score.weight",
     NormOfOneValue: "training on a batch of 1 raises ValueError: Expected more than 1 value per channel",
     OfOneType: "bfloat16: forward raises RuntimeError: expected dtype",
     CannotBeCopied: "copy.deepcopy raises RuntimeError",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_atrous.registry import Registry
 from lightning_atrous.types import FeatureInfo, Features
 
-__all__ = ["HEADS", "Head", "HeadFactory", "create_head", "level_of_reduction"]
+__all__ = ["HEADS", "Head", "HeadFactory", "at_least", "create_head", "level_of_reduction", "odd", "share"]
 
 
 class Head(nn.Module, ABC):
@@ -84,3 +84,34 @@ def level_of_reduction(info: Sequence[FeatureInfo], reduction: int, head: str) -
         f"{', '.join(str(level.reduction) for level in info)}; take a convolutional backbone, or a head that reads "
         f"the last level alone, such as fcn or deeplabv3"
     )
+
+
+def at_least(least: int, option: str, *values: int | None) -> None:
+    """Refuse numbers that are too small; none is none.
+
+    Raises:
+        ValueError: One is.
+    """
+    given = [value for value in values if value is not None]
+    if given and min(given) < least:
+        raise ValueError(f"{option} must be at least {least}, got {', '.join(map(str, given))}")
+
+
+def odd(option: str, kernel: int) -> None:
+    """Refuse kernels that would not leave a map at its size.
+
+    Raises:
+        ValueError: It is even, or less than 1.
+    """
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{option} must be odd, so that maps keep their size; got {kernel}")
+
+
+def share(option: str, value: float) -> None:
+    """Refuse what is no share of a whole.
+
+    Raises:
+        ValueError: It is outside 0 to 1.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"{option} must be from 0 to 1, got {value}")

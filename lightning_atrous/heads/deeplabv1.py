@@ -1,8 +1,7 @@
 """DeepLab v1, LargeFOV: VGG's classifier as an atrous convolution of a large field of view.
 
 Chen, Papandreou, Kokkinos, Murphy, Yuille: Semantic Image Segmentation with Deep Convolutional Nets and Fully
-Connected CRFs (ICLR 2015), sections 3.1 and 3.2: on VGG-16 at output stride 8. The CRF is left out; VGG's pools keep
-their 2×2 windows, dilated, where the authors took 3×3.
+Connected CRFs (ICLR 2015), sections 3.1 and 3.2: on VGG-16 at output stride 8.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lightning_atrous.context import FieldOfView, rates_at_reduction
-from lightning_atrous.heads.base import HEADS, Head
+from lightning_atrous.heads.base import HEADS, Head, at_least, share
 from lightning_atrous.types import FeatureInfo, Features
 
 __all__ = ["DeepLabV1"]
@@ -22,6 +21,8 @@ __all__ = ["DeepLabV1"]
 @HEADS.register("deeplabv1")
 class DeepLabV1(Head):
     """LargeFOV: one 3×3 at rate 12, a 1×1, scores. Reads the last level; made for VGG, any backbone will do.
+
+    The CRF is left out. VGG's pools keep their 2×2 windows, dilated, where the authors took 3×3.
 
     Args:
         info: The backbone's levels.
@@ -48,6 +49,8 @@ class DeepLabV1(Head):
         dropout: float = 0.5,
     ) -> None:
         super().__init__(info, num_classes)
+        at_least(1, "channels", channels)
+        share("dropout", dropout)
         self.rate, self.rates_at = rate, rates_at
         (effective,) = rates_at_reduction((rate,), rates_at, info[-1].reduction)
         self.field = FieldOfView(info[-1].channels, channels, num_classes, rate=effective, dropout=dropout)

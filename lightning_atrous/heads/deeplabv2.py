@@ -1,7 +1,7 @@
 """DeepLab v2: fields of view of several rates side by side, their scores summed.
 
 Chen, Papandreou, Kokkinos, Murphy, Yuille: DeepLab: Semantic Image Segmentation with Deep Convolutional Nets, Atrous
-Convolution, and Fully Connected CRFs (TPAMI 2018), section 3.2 and figure 7: ASPP-L, without norm. The CRF is left out.
+Convolution, and Fully Connected CRFs (TPAMI 2018), section 3.2 and figure 7: ASPP-L, without norm.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lightning_atrous.context import FieldOfView, rates_at_reduction
-from lightning_atrous.heads.base import HEADS, Head
+from lightning_atrous.heads.base import HEADS, Head, at_least, share
 from lightning_atrous.types import FeatureInfo, Features
 
 __all__ = ["DeepLabV2"]
@@ -21,6 +21,8 @@ __all__ = ["DeepLabV2"]
 @HEADS.register("deeplabv2")
 class DeepLabV2(Head):
     """The first ASPP: 3×3 branches at several rates, no norm, scores summed. Reads the last level; any backbone.
+
+    The CRF is left out, and the fusion of several image scales.
 
     Args:
         info: The backbone's levels.
@@ -50,6 +52,8 @@ class DeepLabV2(Head):
         super().__init__(info, num_classes)
         if not rates:
             raise ValueError("deeplabv2 needs at least one rate, got none")
+        at_least(1, "channels", channels)
+        share("dropout", dropout)
         self.rates, self.rates_at = tuple(rates), rates_at
         last = info[-1]
         self.fields = nn.ModuleList(

@@ -1,8 +1,7 @@
 """DeepLabV3: atrous spatial pyramid pooling on the last map.
 
 Chen, Papandreou, Schroff, Adam: Rethinking Atrous Convolution for Semantic Image Segmentation (arXiv:1706.05587),
-section 3.3 and figure 5. Deviation: dropout of 0.1 behind the pyramid, as in the authors' released code. Multi-grid,
-the paper's other half, is an option of the backbone.
+section 3.3 and figure 5.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lightning_atrous.context import ASPP, Merge, rates_at_reduction
-from lightning_atrous.heads.base import HEADS, Head
+from lightning_atrous.heads.base import HEADS, Head, at_least, odd, share
 from lightning_atrous.layers import ConvNormAct, enlarge
 from lightning_atrous.types import FeatureInfo, Features
 
@@ -23,6 +22,9 @@ __all__ = ["DeepLabV3"]
 @HEADS.register("deeplabv3")
 class DeepLabV3(Head):
     """ASPP, then a 1×1 to the classes. Reads the last level; any backbone will do.
+
+    Dropout of 0.1 behind the pyramid is that of the authors' released code. Multi-grid, the paper's other half, is an
+    option of the backbone.
 
     Args:
         info: The backbone's levels.
@@ -66,6 +68,11 @@ class DeepLabV3(Head):
         upsampling: int = 1,
     ) -> None:
         super().__init__(info, num_classes)
+        at_least(1, "channels", channels)
+        at_least(0, "refine_convs", refine_convs)
+        at_least(1, "upsampling", upsampling)
+        odd("project_kernel", project_kernel)
+        share("dropout", dropout)
         self.rates, self.rates_at = tuple(rates), rates_at
         self.upsampling = upsampling
         last = info[-1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_atrous.context import ASPP, rates_at_reduction
-from lightning_atrous.heads.base import HEADS, Head, level_of_reduction
+from lightning_atrous.heads.base import HEADS, Head, at_least, level_of_reduction, odd, share
 from lightning_atrous.layers import ConvNormAct, SeparableConv, enlarge, resize
 from lightning_atrous.types import FeatureInfo, Features
 
@@ -85,6 +85,13 @@ class DeepLabV3Plus(Head):
             )
         if list(low_levels) != sorted(set(low_levels)):
             raise ValueError(f"low_levels are strides, each once, the finest first; got {tuple(low_levels)}")
+        at_least(1, "channels", channels, decoder_channels)
+        at_least(1, "low_level_channels", low_level_channels)
+        at_least(0, "aspp_convs", aspp_convs)
+        at_least(1, "upsampling", upsampling)
+        odd("project_kernel", project_kernel)
+        odd("decoder_kernel", decoder_kernel)
+        share("dropout", dropout)
         self.rates, self.rates_at = tuple(rates), rates_at
         self.align_corners, self.upsampling = align_corners, upsampling
         self.low_levels = tuple(level_of_reduction(info, stride, "deeplabv3plus") for stride in low_levels)

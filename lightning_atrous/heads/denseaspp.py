@@ -1,7 +1,6 @@
 """DenseASPP: atrous layers that read all layers before them.
 
-Yang, Yu, Zhang, Li, Yang: DenseASPP for Semantic Segmentation in Street Scenes (CVPR 2018), section 3.2. Deviation:
-norm and ReLU stand behind each convolution, not before it, for the backbones here end in their own.
+Yang, Yu, Zhang, Li, Yang: DenseASPP for Semantic Segmentation in Street Scenes (CVPR 2018), section 3.2.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lightning_atrous.context import DenseASPP, rates_at_reduction
-from lightning_atrous.heads.base import HEADS, Head
+from lightning_atrous.heads.base import HEADS, Head, at_least, share
 from lightning_atrous.types import FeatureInfo, Features
 
 __all__ = ["DenseASPPHead"]
@@ -21,6 +20,9 @@ __all__ = ["DenseASPPHead"]
 @HEADS.register("denseaspp")
 class DenseASPPHead(Head):
     """Atrous layers of growing rate, densely connected, then a 1×1 to the classes. Reads the last level; any backbone.
+
+    Norm and ReLU stand behind each convolution, not before it as in the authors' code, for the backbones here end in
+    their own.
 
     Args:
         info: The backbone's levels.
@@ -32,7 +34,7 @@ class DenseASPPHead(Head):
         dropout: Behind each layer, and before the scores.
 
     Raises:
-        ValueError: A rate that is no whole number of at least 1 at the backbone's stride.
+        ValueError: No rate, or one that is no whole number of at least 1 at the backbone's stride.
     """
 
     paper: ClassVar[str] = "Yang, Yu, Zhang, Li, Yang 2018, CVPR"
@@ -49,6 +51,11 @@ class DenseASPPHead(Head):
         dropout: float = 0.1,
     ) -> None:
         super().__init__(info, num_classes)
+        if not rates:
+            raise ValueError("denseaspp needs at least one rate, got none")
+        at_least(1, "channels", channels)
+        at_least(1, "bottleneck", bottleneck)
+        share("dropout", dropout)
         self.rates, self.rates_at = tuple(rates), rates_at
         last = info[-1]
         self.aspp = DenseASPP(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_atrous.context import rates_at_reduction
-from lightning_atrous.heads.base import HEADS, Head
+from lightning_atrous.heads.base import HEADS, Head, at_least, share
 from lightning_atrous.layers import ConvNormAct
 from lightning_atrous.types import FeatureInfo, Features
 
@@ -65,6 +65,8 @@ class DUC(Head):
             )
         if not rates:
             raise ValueError("duc needs at least one rate, got none; (1,) is a single plain 3×3")
+        at_least(1, "channels", channels)
+        share("dropout", dropout)
         self.times = last.reduction // stride
         self._finest = (info[0].reduction, stride)
         self.reduce = nn.Identity() if channels is None else ConvNormAct(last.channels, channels)

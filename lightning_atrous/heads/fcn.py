@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_atrous.heads.base import HEADS, Head
+from lightning_atrous.heads.base import HEADS, Head, at_least, share
 from lightning_atrous.layers import ConvNormAct
 from lightning_atrous.types import FeatureInfo, Features
 
@@ -53,8 +53,9 @@ class FCN(Head):
         super().__init__(info, num_classes)
         if not -len(info) <= level < len(info):
             raise ValueError(f"level {level} asked of a backbone with {len(info)} levels; take -{len(info)} to -1")
-        if convs < 0:
-            raise ValueError(f"convs must be 0 or more, got {convs}")
+        at_least(0, "convs", convs)
+        at_least(1, "channels", channels)
+        share("dropout", dropout)
         self.level = level
         first = info[level].channels
         inner = channels or max(first // 4, 1)

@@ -1,8 +1,6 @@
 """FCN-32s, FCN-16s and FCN-8s: scores of several levels, added where transposed convolutions bring them together.
 
 Long, Shelhamer, Darrell: Fully Convolutional Networks for Semantic Segmentation (CVPR 2015), section 4.2 and figure 3.
-The last enlargement, fixed to bilinear in the paper, is left to whoever asks for the logits. Maps are as large as the
-image allows by padding in every layer, not by 100 pixels in the first; so nothing is cropped but a last odd row.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_atrous.heads.base import HEADS, Head
+from lightning_atrous.heads.base import HEADS, Head, at_least, share
 from lightning_atrous.layers import ConvNormAct
 from lightning_atrous.types import FeatureInfo, Features
 
@@ -24,6 +22,9 @@ __all__ = ["SkipFCN", "bilinear_transposed"]
 @HEADS.register("fcn_skips")
 class SkipFCN(Head):
     """FCN-32s, 16s, 8s: 1×1 scores of the last levels, fused by transposed convolutions that begin as bilinear.
+
+    The last enlargement, fixed to bilinear in the paper, is left to whoever asks for the logits. Every layer pads for
+    itself, where the paper pads by 100 pixels in the first and crops.
 
     Reads the last ``skips + 1`` levels. It cannot follow the backbone to another output stride, for the strides of its
     transposed convolutions are those between the levels.
@@ -57,6 +58,8 @@ class SkipFCN(Head):
                 f"skips must be 0 to {len(info) - 1} on a backbone with {len(info)} levels, got {skips}; "
                 "2 is FCN-8s, 1 is FCN-16s, 0 is FCN-32s"
             )
+        at_least(1, "classifier_channels", classifier_channels)
+        share("dropout", dropout)
         self.skips = skips
         self._steps = _steps(info, skips)
         self.classifier = _classifier(info[-1].channels, classifier_channels, dropout)

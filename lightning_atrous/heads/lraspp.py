@@ -1,7 +1,6 @@
 """Lite R-ASPP: the head of MobileNetV3.
 
-Howard and others: Searching for MobileNetV3 (ICCV 2019), section 6.4 and figure 10, in torchvision's form: the gate
-pools the whole map, where the paper pools 49×49 windows of it.
+Howard and others: Searching for MobileNetV3 (ICCV 2019), section 6.4 and figure 10.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from lightning_atrous.heads.base import HEADS, Head, level_of_reduction
+from lightning_atrous.heads.base import HEADS, Head, at_least, level_of_reduction
 from lightning_atrous.layers import ConvNormAct, resize
 from lightning_atrous.types import FeatureInfo, Features
 
@@ -22,7 +21,8 @@ __all__ = ["LRASPP"]
 class LRASPP(Head):
     """The last map gated by its own mean, raised to a finer level; the scores of both are added.
 
-    Reads the level of stride 8 and the last one.
+    In torchvision's form: the gate pools the whole map, where the paper pools 49×49 windows of it. Reads the level of
+    stride 8 and the last one.
 
     Args:
         info: The backbone's levels.
@@ -40,6 +40,7 @@ class LRASPP(Head):
         self, info: Sequence[FeatureInfo], num_classes: int, *, channels: int = 128, low_level: int = 8
     ) -> None:
         super().__init__(info, num_classes)
+        at_least(1, "channels", channels)
         self.low_level = level_of_reduction(info, low_level, "lraspp")
         last = info[-1].channels
         self.project = ConvNormAct(last, channels)

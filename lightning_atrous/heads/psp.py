@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lightning_atrous.context import PyramidPooling
-from lightning_atrous.heads.base import HEADS, Head
+from lightning_atrous.heads.base import HEADS, Head, at_least, share
 from lightning_atrous.layers import ConvNormAct
 from lightning_atrous.types import FeatureInfo, Features
 
@@ -50,6 +50,9 @@ class PSP(Head):
         super().__init__(info, num_classes)
         if not bins or min(bins) < 1:
             raise ValueError(f"psp's bins are parts along each axis, at least 1 each, got {tuple(bins)}")
+        at_least(1, "branch_channels", branch_channels)
+        at_least(1, "channels", channels)
+        share("dropout", dropout)
         width = info[-1].channels
         self.pyramid = PyramidPooling(width, branch_channels or max(width // len(bins), 1), bins=bins)
         self.project = ConvNormAct(self.pyramid.out_channels, channels, 3)

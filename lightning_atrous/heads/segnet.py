@@ -1,8 +1,7 @@
 """A decoder in the manner of SegNet: what was strongest in the finer map says where the coarser one's values go.
 
 Badrinarayanan, Kendall, Cipolla: SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image Segmentation
-(TPAMI 2017), section 3. SegNet keeps the indices of VGG's own pools; here any backbone will do, so that the finer
-level is pooled for its indices, which are all that the decoder takes from it.
+(TPAMI 2017), section 3.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_atrous.context import ASPP, rates_at_reduction
-from lightning_atrous.heads.base import HEADS, Head
+from lightning_atrous.heads.base import HEADS, Head, at_least
 from lightning_atrous.layers import ConvNormAct
 from lightning_atrous.types import FeatureInfo, Features
 
@@ -25,7 +24,8 @@ __all__ = ["SegNet"]
 class SegNet(Head):
     """From the last map upwards: convolutions, and unpooling by the indices of the next finer level.
 
-    Reads the places of the maxima in every finer level, and no value there. It cannot follow the backbone to another
+    SegNet keeps the indices of VGG's own pools; here any backbone will do, so each finer level is pooled for its
+    indices, which are all that the decoder takes from it. It cannot follow the backbone to another
     output stride, where it would have fewer or more steps.
 
     Args:
@@ -56,8 +56,9 @@ class SegNet(Head):
         channels: int = 256,
     ) -> None:
         super().__init__(info, num_classes)
-        if convs < 1:
-            raise ValueError(f"convs must be at least 1, got {convs}")
+        at_least(1, "convs", convs)
+        at_least(1, "channels", channels)
+        at_least(1, "rates_at", rates_at)
         self.levels = _levels(info, stride)
         self._strides = tuple(level.reduction for level in info)
         width = info[-1].channels

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from segmentation_models_pytorch.base.initialization import initialize_decoder, initialize_head
 from torch import Tensor, nn
 
-from lightning_atrous.heads.base import Head, level_of_reduction
+from lightning_atrous.heads.base import Head, at_least, level_of_reduction, odd
 from lightning_atrous.layers import SingleValueNorm, enlarge
 from lightning_atrous.types import FeatureInfo, Features
 
@@ -25,7 +25,6 @@ __all__ = [
     "Norm",
     "Pyramid",
     "SMPHead",
-    "at_least",
     "check_doubling",
     "continued",
     "empty_above",
@@ -127,10 +126,7 @@ class SMPHead(Head):
     ) -> None:
         super().__init__(info, num_classes)
         at_least(1, "upsampling", upsampling)
-        if segmentation_kernel < 1 or segmentation_kernel % 2 == 0:
-            raise ValueError(
-                f"segmentation_kernel must be odd, so that maps keep their size; got {segmentation_kernel}"
-            )
+        odd("segmentation_kernel", segmentation_kernel)
         self.pyramid = pyramid
         self.upsampling = upsampling
         self.decoder = decoder
@@ -231,16 +227,6 @@ def one_of(choices: Sequence[object], option: str, value: object) -> None:
     """
     if value not in choices:
         raise ValueError(f"{option} must be one of {_list(choices)}; got {value!r}")
-
-
-def at_least(least: int, option: str, *values: int) -> None:
-    """Refuse numbers that are too small.
-
-    Raises:
-        ValueError: One is.
-    """
-    if min(values) < least:
-        raise ValueError(f"{option} must be at least {least}, got {_list(values)}")
 
 
 def one_width_per_step(channels: Sequence[int], pyramid: Pyramid, head: str) -> None:

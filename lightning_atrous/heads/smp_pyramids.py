@@ -19,12 +19,11 @@ from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDeco
 from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor
 
-from lightning_atrous.heads.base import HEADS
+from lightning_atrous.heads.base import HEADS, at_least
 from lightning_atrous.heads.smp_base import (
     Interpolation,
     Pyramid,
     SMPHead,
-    at_least,
     check_doubling,
     continued,
     empty_above,

@@ -16,13 +16,12 @@ from segmentation_models_pytorch.decoders.unet.decoder import UnetDecoder
 from segmentation_models_pytorch.decoders.unetplusplus.decoder import UnetPlusPlusDecoder
 from torch import Tensor
 
-from lightning_atrous.heads.base import HEADS
+from lightning_atrous.heads.base import HEADS, at_least
 from lightning_atrous.heads.smp_base import (
     Interpolation,
     Norm,
     Pyramid,
     SMPHead,
-    at_least,
     check_doubling,
     continued,
     norm_of,

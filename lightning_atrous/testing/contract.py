@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from lightning_atrous.heads import Head, HeadFactory
 from lightning_atrous.model import SegmentationModel
@@ -171,6 +172,11 @@ def _build(factory: HeadFactory, info: Sequence[FeatureInfo], num_classes: int) 
         ) from error
     if not isinstance(built, Head):
         raise AssertionError(f"gives a {type(built).__name__} when it is built, where a Head is expected")
+    for key, parameter in built.named_parameters():
+        if isinstance(parameter, UninitializedParameter):
+            raise AssertionError(
+                f"has no shape yet for its parameter {key}, which no optimiser and no checkpoint takes"
+            )
     return built
 
 
@@ -241,13 +247,16 @@ def _autocast(case: HeadCase) -> torch.autocast:
 
 def _check_evaluation(head: Head, case: HeadCase) -> None:
     features = features_at(case.backbone, case.output_stride, case.size, case.batch)
-    kept = [level.clone() for level in features]
+    kept, weights = [level.clone() for level in features], copy.deepcopy(head.state_dict())
     logits = _run(head, features)
     _check_logits(logits, features, case)
     if not all(map(torch.equal, features, kept)):
         raise AssertionError("changes the features in place, which another head may read")
     if _apart(_run(head, features), logits):
         raise AssertionError("gives other logits for the same features in eval mode")
+    for key, value in head.state_dict().items():
+        if key in weights and value.shape == weights[key].shape and not torch.equal(value, weights[key]):
+            raise AssertionError(f"changes {key} as it runs in eval mode")
     if case.batch > 1:
         alone = _run(head, tuple(level[:1] for level in features), "forward on one image of the batch")
         if _apart(alone, logits[:1]):
@@ -317,14 +326,17 @@ def _difference(ours: dict[str, tuple[int, ...]], theirs: dict[str, tuple[int, .
 
 
 def _check_training(head: Head, case: HeadCase) -> None:
-    head.train()
     features = features_at(case.backbone, case.output_stride, case.size, case.batch)
+    size = _run(head, features).shape
+    head.train()
     for level in features:
         level.requires_grad_()
     torch.manual_seed(0)  # dropout
     with _autocast(case), _no_error(f"training on a batch of {case.batch}"):
         logits = head(features)
     _check_logits(logits, features, case)
+    if logits.shape != size:
+        raise AssertionError(f"gives logits {tuple(logits.shape)} in training, and {tuple(size)} in eval mode")
     with _no_error("the backward pass"):
         (logits.float() * torch.randn(logits.shape)).mean().backward()
     for name, parameter in head.named_parameters():
@@ -332,8 +344,12 @@ def _check_training(head: Head, case: HeadCase) -> None:
             raise AssertionError(f"gives the parameter {name} no gradient, which DDP refuses")
         if parameter.grad is not None and not parameter.grad.isfinite().all():
             raise AssertionError(f"gives the parameter {name} a gradient that is not finite")
-    if not any(level.grad is not None and level.grad.any() for level in features):
+    gradients = [level.grad.flatten(1).any(dim=1) for level in features if level.grad is not None]
+    reached = torch.stack(gradients).any(dim=0) if gradients else torch.zeros(case.batch)
+    if not reached.any():
         raise AssertionError("gives no level of the backbone a gradient, which would not be trained")
+    if not reached.all():
+        raise AssertionError("gives the backbone no gradient from some images of the batch")
 
 
 def _check_image(factory: HeadFactory, case: HeadCase) -> None:
