@@ -29,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_atrous import __version__
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.heads import HEADS, Head
-from lightning_atrous.signatures import options_of, summary_of
+from lightning_atrous.signatures import options_of, remarks_of, summary_of
 from lightning_atrous.types import FeatureInfo
 
 BACKBONE = "resnet50"
@@ -238,6 +238,7 @@ def section(name: str) -> list[str]:
     """One head in words."""
     cls = HEADS[name]
     lines = [f"### {name}", "", summary_of(cls), "", *([f"*{cls.paper}*", ""] if cls.paper else [])]
+    lines += [remarks_of(cls), ""] if remarks_of(cls) else []
     options = options_of(cls)
     if not options:
         return lines

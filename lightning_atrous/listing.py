@@ -16,7 +16,7 @@ from lightning_atrous.backbone import list_backbones
 from lightning_atrous.complaints import Complaint
 from lightning_atrous.heads import HEADS
 from lightning_atrous.registry import close_matches
-from lightning_atrous.signatures import options_of, summary_of
+from lightning_atrous.signatures import options_of, remarks_of, summary_of
 
 __all__ = ["tell_list"]
 
@@ -85,6 +85,8 @@ def _detail(name: str) -> RenderableType:
     ]
     if cls.paper:
         lines.append(Text(cls.paper, style="italic"))
+    if remarks := remarks_of(cls):
+        lines += [Text(), _plain(remarks)]
     for option in options_of(cls):
         lines.append(Text.assemble("\n", (str(option), "cyan"), f"  {option.type}"))
         lines.append(Padding(_plain(option.words), (0, 0, 0, 4), expand=False))

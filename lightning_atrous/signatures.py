@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import re
 from dataclasses import dataclass
 
 import docstring_parser
 
-__all__ = ["Option", "options_of", "summary_of"]
+__all__ = ["Option", "options_of", "remarks_of", "summary_of"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,25 @@ def options_of(cls: type) -> tuple[Option, ...]:
 def summary_of(cls: type) -> str:
     """The first paragraph of a class's own docstring, in one line; empty where it has none."""
     return " ".join(inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[0].split())
+
+
+def remarks_of(cls: type) -> str:
+    """What a class's own docstring says between its first paragraph and its arguments, in one line.
+
+    Example:
+        >>> class Paint:
+        ...     '''A wall's.
+        ...
+        ...     Not for wood.
+        ...
+        ...     Args:
+        ...         coats: One dries before the next.
+        ...     '''
+        >>> remarks_of(Paint)
+        'Not for wood.'
+    """
+    body = inspect.cleandoc(cls.__doc__ or "").partition("\n\n")[2]
+    return " ".join(re.split(r"^(?:Args|Raises|Example|Returns):", body, maxsplit=1, flags=re.M)[0].split())
 
 
 def _words(cls: type) -> dict[str, str]:

@@ -261,7 +261,7 @@ def test_aspp_equals_its_definition() -> None:
         ),
         (functools.partial(DeepLabV3, info_at(32), rates=(1,), rates_at=8), "would be 0.25"),
         (functools.partial(FCN, info_at(16), level=5), "level 5 asked of a backbone with 5 levels"),
-        (functools.partial(FCN, info_at(16), convs=-1), "convs must be 0 or more"),
+        (functools.partial(FCN, info_at(16), convs=-1), "convs must be at least 0"),
         (functools.partial(DeepLabV3Plus, info_at(16), decoder_convs=0), "decoder_convs must be at least 1"),
         (functools.partial(DeepLabV3Plus, info_at(16), low_levels=(8, 4)), "the finest first; got"),
         (functools.partial(DeepLabV3Plus, info_at(16), low_levels=(3,)), "needs a feature level of stride 3"),
@@ -270,7 +270,7 @@ def test_aspp_equals_its_definition() -> None:
         (functools.partial(DUC, info_at(8), rates=()), "duc needs at least one rate"),
         (functools.partial(DeepLabV2, info_at(8), rates=()), "deeplabv2 needs at least one rate"),
         (functools.partial(PSP, info_at(8), bins=(0, 1)), "at least 1 each"),
-        (functools.partial(RFB, info_at(32)), "would be 0.5"),
+        (functools.partial(RFB, info_at(32)), "give rates_at: 32"),
         (functools.partial(LRASPP, (FeatureInfo(384, 16),)), "lraspp needs a feature level of stride 8"),
         (functools.partial(SegNet, (FeatureInfo(384, 16),) * 3), "segnet needs a level finer than the last"),
         (functools.partial(SegNet, info_at(8), stride=8), "needs a level of stride 8 before the last"),
@@ -281,6 +281,31 @@ def test_aspp_equals_its_definition() -> None:
 def test_heads_refuse_with_a_sentence(build, says: str) -> None:
     with pytest.raises(ValueError, match=says):
         build() if build.func is ASPP else build(num_classes=3)
+
+
+@pytest.mark.parametrize("name", sorted(HEADS))
+def test_what_a_head_cannot_be_built_of_is_refused_by_name(name: str) -> None:
+    """Every width below 1, even kernel, and share outside 0 to 1, before torch meets it."""
+    stride = 8 if name == "denseaspp" else 16
+    info = info_at(32 if name in ("unetplusplus", "linknet", "manet", "fpn") else stride)
+    for option, parameter in list(inspect.signature(HEADS[name]).parameters.items())[2:]:
+        if option == "dropout":
+            wrong = [1.5, -0.1, float("nan")]
+        elif option.endswith("kernel"):
+            wrong = [0, 2, -1]
+        elif (
+            (option.endswith("channels") and isinstance(parameter.default, int | None))
+            or option in ("upsampling", "rates_at")
+            or (option == "convs" and name == "segnet")
+        ):
+            wrong = [0, -1]
+        elif option.endswith("convs"):
+            wrong = [-1]
+        else:
+            continue
+        for value in wrong:
+            with pytest.raises(ValueError, match=option):
+                create_head(name, info, 3, **{option: value})
 
 
 def test_rates_keep_their_reach() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import re
 from pathlib import Path
 
 import numpy as np
@@ -88,7 +90,11 @@ def test_what_was_typed_wrong_is_one_sentence(workdir: Path, capsys: pytest.Capt
     named = ["smp", "w", "--model", "DeepLabV3", "--encoder", "resnet18", *new]
     assert "there.ckpt is there already" in refused(["smp", "w", "--output", "there.ckpt"], capsys)
     assert "there is no file nowhere.pth" in refused(["mmseg", "nowhere.pth", *new], capsys)
-    assert "is no model of SMP" in refused(["smp", "w", *new], capsys)
+    assert "do not say which model of SMP" in refused(["smp", "w", *new], capsys)
+    assert "invalid choice: 'DPT'" in refused(["smp", "w", "--model", "DPT", *new], capsys)
+    abc = [*named, "--classes", "a,b,c"]
+    assert "decoder_atrous_rates is 'abc', where" in refused([*abc, "--set", "decoder_atrous_rates=abc"], capsys)
+    assert "is 8, 16 or 32 in SMP, got 7" in refused([*abc, "--set", "encoder_output_stride=7"], capsys)
     assert "do not say which encoder" in refused(["smp", "w", "--model", "Unet", "--classes", "a,b,c", *new], capsys)
     assert "nothing says what they are called" in refused(named, capsys)
     assert "given for 2 classes" in refused([*named, "--classes", "names.txt"], capsys)
@@ -107,9 +113,25 @@ def test_nothing_in_a_file_is_executed(tmp_path: Path) -> None:
     (tmp_path / "cut.pth").write_bytes((tmp_path / "foreign.pth").read_bytes()[:100])
     with pytest.raises(ValueError, match="it is damaged, or"):
         read_file(tmp_path / "cut.pth")
+    (tmp_path / "cut.safetensors").write_bytes(bytes(10))
+    with pytest.raises(ValueError, match="it is damaged; fetch"):
+        read_file(tmp_path / "cut.safetensors")
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds a list, expected a state dict"):
         read_file(tmp_path / "list.pth")
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_state_dict", None])
+def test_the_line_that_a_refusal_prints_saves_the_weights(key: str | None, tmp_path: Path) -> None:
+    net, old, new = torch.nn.Linear(2, 3), tmp_path / "old.pth", tmp_path / "new.pth"
+    torch.save(net if key is None else {key: net.state_dict(), "args": argparse.Namespace(lr=1)}, old)
+    with pytest.raises(ValueError, match="If you trust it") as refusal:
+        read_file(old)
+    (line,) = re.findall(r'python -c "(.*)"$', str(refusal.value))
+    exec(line.replace("OLD", str(old)).replace("NEW", str(new)), {})
+    assert {name: value.tolist() for name, value in tensors_of(read_file(new)).items()} == {
+        name: value.tolist() for name, value in net.state_dict().items()
+    }
 
 
 def test_a_state_dict_is_found_and_freed_of_wrappers() -> None:
@@ -119,6 +141,8 @@ def test_a_state_dict_is_found_and_freed_of_wrappers() -> None:
         plain,
         {"state_dict": plain, "epoch": 3},
         {"model": plain, "optimizer": {}},
+        {"model_state_dict": plain},
+        {"pytorch-lightning_version": "2", "state_dict": {"net.a.weight": weight, "net.a.bias": bias, "mean": bias}},
         {f"_orig_mod.{key}": value for key, value in plain.items()},
         {"state_dict": {f"model._orig_mod.module.{key}": value for key, value in plain.items()}},
     ):

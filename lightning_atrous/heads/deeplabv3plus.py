@@ -85,7 +85,8 @@ class DeepLabV3Plus(Head):
             )
         if list(low_levels) != sorted(set(low_levels)):
             raise ValueError(f"low_levels are strides, each once, the finest first; got {tuple(low_levels)}")
-        at_least(1, "channels", channels, decoder_channels)
+        at_least(1, "channels", channels)
+        at_least(1, "decoder_channels", decoder_channels)
         at_least(1, "low_level_channels", low_level_channels)
         at_least(0, "aspp_convs", aspp_convs)
         at_least(1, "upsampling", upsampling)

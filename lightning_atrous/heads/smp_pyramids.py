@@ -19,7 +19,7 @@ from segmentation_models_pytorch.decoders.segformer.decoder import SegformerDeco
 from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor
 
-from lightning_atrous.heads.base import HEADS, at_least
+from lightning_atrous.heads.base import HEADS, at_least, share
 from lightning_atrous.heads.smp_base import (
     Interpolation,
     Pyramid,
@@ -85,6 +85,7 @@ class FPN(SMPHead):
         check_doubling(pyramid.strides[2:], "fpn")
         _check_number(pyramid, "fpn", least=4)
         at_least(1, "pyramid_channels", pyramid_channels)
+        share("dropout", dropout)
         if segmentation_channels < 1 or segmentation_channels % GROUPS:
             raise ValueError(
                 f"segmentation_channels must be a multiple of {GROUPS}, the groups of fpn's norms; got "

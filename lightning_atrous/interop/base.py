@@ -36,15 +36,22 @@ __all__ = [
 Tensors = Mapping[str, Tensor]
 """A state dict."""
 
-_SHOWN = 3
+_SHOWN = 12
+"""Names on each side of an error: enough to see what they have in common."""
 
-_WRAPPERS = ("module.", "_orig_mod.", "model.")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
 """What data-parallel training, compilation and Lightning modules put before every name."""
+
+_PLACES = ("state_dict", "model_state_dict", "model")
+"""Under which people save a state dict beside other things."""
 
 RESAVE = (
     "python -c \"import torch; c = torch.load('OLD', map_location='cpu', weights_only=False); "
-    "torch.save({k: c[k] for k in ('state_dict', 'meta') if k in c}, 'NEW')\""
+    "c = c if isinstance(c, dict) else {'model': c}; "
+    "torch.save({k: v.state_dict() if hasattr(v, 'state_dict') else v for k, v in c.items() "
+    "if k in ('state_dict', 'model_state_dict', 'model', 'meta')}, 'NEW')\""
 )
+"""What to run where a file holds more than weights: it works for dictionaries and for whole modules."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +120,12 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file {path}; give the path of the weights")
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        try:
             return load_file(path)
+        except Exception as error:  # its own errors are of several kinds
+            raise ValueError(f"{path} cannot be read ({error}): it is damaged; fetch or save it again") from error
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # truncated archives, foreign pickles: each has its own error
         raise ValueError(
@@ -134,17 +144,22 @@ def tensors_of(content: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state dict in a file's content, without what stands before every name.
 
     Args:
-        content: A state dict, or a checkpoint that has one as ``state_dict`` or ``model``.
+        content: A state dict, or a checkpoint that has one as ``state_dict``, ``model_state_dict`` or ``model``. Of a
+            Lightning module, whose loss and buffers stand beside the model, the model.
 
     Raises:
         ValueError: There is none.
     """
-    for key in ("state_dict", "model"):
+    of_lightning = "pytorch-lightning_version" in content
+    for key in _PLACES:
         if isinstance(content.get(key), Mapping):
             content = content[key]
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError(f"there are no weights in this file; it has {_few(list(content))}; save a state_dict()")
+    if of_lightning:
+        of_model = {key: value for key, value in tensors.items() if key.startswith(_WRAPPERS)}
+        tensors = of_model or tensors
     while wrapper := next((w for w in _WRAPPERS if all(key.startswith(w) for key in tensors)), None):
         tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
     return tensors

@@ -93,9 +93,9 @@ def read_smp(path: str | Path) -> tuple[dict[str, Tensor], str | None, dict[str,
     if not path.is_dir():
         return tensors_of(read_file(path)), None, {}
     try:
-        options = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        options = dict(json.loads((path / "config.json").read_text(encoding="utf-8")))
         architecture = str(options.pop("_model_class"))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path}/config.json cannot be read ({type(error).__name__}); give a folder that SMP's save_pretrained has "
             f"written, or the file of the weights with the model's class and encoder"
@@ -128,8 +128,10 @@ def from_smp(
         ValueError: A model, encoder or option that has no counterpart here; weights that do not fit.
     """
     if isinstance(weights, nn.Module):
-        architecture, options = type(weights).__name__, {**getattr(weights, "config", {}), **(options or {})}
-        weights = weights.state_dict()
+        architecture = type(weights).__name__
+        # SMP works it out when it is asked for, and fails with models that are refused here
+        own: dict[str, Any] = getattr(weights, "config", {}) if architecture in SMP_MODELS else {}
+        options, weights = {**own, **(options or {})}, weights.state_dict()
     architecture, options = _checked(architecture, options or {})
     tensors = tensors_of(weights)
     remarks = []
@@ -154,10 +156,14 @@ def from_smp(
 
 
 def _checked(architecture: str | None, options: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    if architecture is None:
+        raise ValueError(
+            "the weights do not say which model of SMP they are of; give its class, such as --model Unet, and its "
+            "encoder, such as --encoder resnet34"
+        )
     if architecture not in SMP_MODELS:
         raise ValueError(
-            f"'{architecture}' is no model of SMP that can be imported; "
-            f"{close_matches(str(architecture), list(SMP_MODELS))}"
+            f"'{architecture}' is no model of SMP that can be imported; {close_matches(architecture, list(SMP_MODELS))}"
         )
     if not options.get("encoder_name"):
         raise ValueError(
@@ -169,9 +175,23 @@ def _checked(architecture: str | None, options: Mapping[str, Any]) -> tuple[str,
             f"this model was built with encoder_depth {whole['encoder_depth']}, and heads here read every level of a "
             f"backbone; only models of encoder_depth 5 can be imported"
         )
+    for key, usual in SMP_MODELS[architecture].items():
+        if key in whole and not _is_like(whole[key], usual):
+            raise ValueError(f"{key} is {whole[key]!r}, where {architecture} takes something like {usual!r}")
+    if whole.get("encoder_output_stride", 16) not in (8, 16, 32):
+        raise ValueError(f"encoder_output_stride is 8, 16 or 32 in SMP, got {whole['encoder_output_stride']}")
     if whole.get("in_channels", 3) != 3:
         raise ValueError(f"this model takes images of {whole['in_channels']} channels; only RGB can be imported")
     return architecture, SMP_MODELS[architecture] | whole
+
+
+def _is_like(value: object, usual: object) -> bool:
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple) and len(value) > 0 and all(type(item) is int for item in value)
+    if isinstance(usual, float):
+        return type(value) in (int, float)
+    # what is left to SMP is a number or nothing
+    return value is None or type(value) is int if usual is None else type(value) is type(usual)
 
 
 def _classes(
@@ -263,6 +283,8 @@ def _head(architecture: str, options: Mapping[str, Any]) -> HeadPlan:
     own = {key.removeprefix("decoder_"): value for key, value in options.items() if key.startswith("decoder_")}
     if "upsampling" in options:
         own["upsampling"] = options["upsampling"]
+    if own.get("use_norm") in ({"type": "batchnorm"}, {"type": "instancenorm", "affine": True}):
+        own["use_norm"] = own["use_norm"]["type"]  # as the heads call these
     if "use_batchnorm" in own:  # its name before 0.5
         own["use_norm"] = own.pop("use_batchnorm")
     if isinstance(own.get("use_norm"), bool):
