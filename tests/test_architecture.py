@@ -29,7 +29,10 @@ LAYERS = [
     {"dilation.blocks", "dilation.forms"},
     {"dilation.network"},
     {"dilation.timing", "dilation.stride"},
-    {"backbone", "context", "losses", "metrics", "optim", "complaints", "data.base"},
+    {"losses.base"},
+    {"losses.pixel_mean", "losses.raised"},
+    {"losses.cross_entropy", "losses.ohem", "losses.smp", "losses.weighted"},
+    {"backbone", "context", "metrics", "optim", "complaints", "data.base"},
     {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base"},
     {"heads.smp_base"},
     {
@@ -76,13 +79,13 @@ WALLS = {
     },
     "jsonargparse": {"training"},
     "wandb": {"loggers"},
-    "segmentation_models_pytorch": {"heads.smp_base", "heads.smp_skips", "heads.smp_pyramids", "losses", "interop"},
+    "segmentation_models_pytorch": {"heads.smp_base", "heads.smp_skips", "heads.smp_pyramids", "losses.smp", "interop"},
     "rich": {"callbacks", "cli", "prediction", "support"},
     "PIL": {"arrays", "images", "task"},
     "tifffile": {"arrays"},
 }
 
-PACKAGES = {"dilation", "heads", "data"}
+PACKAGES = {"dilation", "losses", "heads", "data"}
 
 
 def modules() -> dict[str, Path]:
