@@ -67,15 +67,20 @@ def raised_rows(
         above: How many rows of the map are not in ``x``, for they stand above it.
         height: Of the whole map; that of ``x`` where not given.
     """
-    at = _centres(first, last, height or x.shape[-2], size[0])
-    upper = at.long() - above
-    lower = (upper + 1).clamp_(max=x.shape[-2] - 1)
-    share = (at - at.floor()).to(x.dtype)[:, None]
-    if torch.are_deterministic_algorithms_enabled():  # of which torch has none on a GPU but in two dimensions
+    height = height or x.shape[-2]
+    if x.shape[-1] == size[1]:
+        wide = x
+    elif torch.are_deterministic_algorithms_enabled():  # of which torch has none on a GPU but in two dimensions
         wide = resize(x, (x.shape[-2], size[1]))
     else:  # each row of each channel a signal of its own: twice as fast
         wide = F.interpolate(x.flatten(0, 1), size=size[1], mode="linear", align_corners=False)
         wide = wide.unflatten(0, x.shape[:2])
+    if height == size[0]:
+        return wide[..., first - above : last - above, :]
+    at = _centres(first, last, height, size[0])
+    upper = at.long() - above
+    lower = (upper + 1).clamp_(max=x.shape[-2] - 1)
+    share = at.frac().to(x.dtype)[:, None]
     upper, lower, share = (index.to(x.device) for index in (upper, lower, share))
     return wide.index_select(2, upper).lerp(wide.index_select(2, lower), share)
 
