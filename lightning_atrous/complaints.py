@@ -155,5 +155,7 @@ def _options_of(message: str) -> list[str]:
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError):
             continue
-        return [option for option in inspect.signature(cls).parameters if option not in ("info", "num_classes", "classes")]
+        return [
+            option for option in inspect.signature(cls).parameters if option not in ("info", "num_classes", "classes")
+        ]
     return []

@@ -102,6 +102,11 @@ def test_factories_within_options_are_described_and_built_again() -> None:
         assert describe(build(described)) == described
 
 
+def test_the_public_path_of_a_loss_is_built_too() -> None:
+    built = build({"class_path": "lightning_atrous.losses.CrossEntropy", "init_args": {"label_smoothing": 0.1}})
+    assert describe(built) == describe(partial(CrossEntropy, label_smoothing=0.1))
+
+
 def test_what_is_nested_is_imported_by_the_same_rules() -> None:
     foreign = {"class_path": "collections.OrderedDict", "init_args": {"losses": [{"a": 1}]}}
     spec: Any = describe(partial(WeightedSum, losses=[Dice]))
@@ -112,7 +117,7 @@ def test_what_is_nested_is_imported_by_the_same_rules() -> None:
     trusted = build(spec, trust=["collections.OrderedDict"])
     (nested,) = trusted.keywords["losses"][1].keywords["losses"]
     assert nested() == foreign["init_args"]
-    with pytest.raises(ValueError, match="expected a class, or a functools.partial of one"):
+    with pytest.raises(ValueError, match=r"expected a class, or a functools\.partial of one"):
         describe(partial(WeightedSum, losses=[partial(lambda classes: Dice(classes))]))
 
 
@@ -120,7 +125,7 @@ def test_what_is_nested_is_imported_by_the_same_rules() -> None:
 def test_a_run_from_yaml_and_on_from_its_checkpoint(workdir: Path) -> None:
     config = yaml.safe_load(TINY)
     config["trainer"] |= {"max_epochs": 1, "accelerator": "cpu"}
-    config["model"]["head"] = "fcn"
+    config["model"] = {"backbone": {"name": "test_resnet", "output_stride": 32, "pretrained": False}, "head": "fcn"}
     config["data"]["init_args"] |= {"train_length": 4, "val_length": 2}
     (workdir / "plain.yaml").write_text(yaml.safe_dump(config))
     config["model"]["loss"] = SUM
