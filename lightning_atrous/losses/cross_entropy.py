@@ -18,7 +18,7 @@ __all__ = ["CrossEntropy"]
 class CrossEntropy(PixelMean):
     """Pixel-wise cross-entropy: the mean over the valid pixels of the global batch, in float32 or better.
 
-    On one process exactly ``F.cross_entropy`` on the raised logits; but where no valid pixel has a weight it
+    On one process it is ``F.cross_entropy`` on the raised logits, to rounding; but where no valid pixel has a weight it
     is 0 with zero gradients, not nan.
 
     The raised logits are never held as a whole (`raised_cross_entropy`). It is a `PixelMean`: over several ranks and

@@ -67,7 +67,7 @@ def true_log_probability(logits: Tensor, target: Tensor, *, ignore_index: int) -
     for strip in _strips(logits, size):
         own, valid = strip.labels(target, ignore_index)
         log_p = strip.scores(strip.behind(logits), size).log_softmax(1)
-        found[strip.images, strip.first : strip.last] = (log_p.gather(1, own).masked_fill(~valid, 0)).squeeze(1)
+        found[strip.images, strip.first : strip.last] = log_p.gather(1, own).masked_fill(~valid, 0)[:, 0]
     return found
 
 
@@ -117,7 +117,7 @@ def _strips(logits: Tensor, size: torch.Size) -> Iterator[_Strip]:
 _RAISED = 2**20
 """Scores raised at one time: 4 MiB in float32, which about fit a processor's cache."""
 
-_RAISED_ON_DEVICE = 2**25
+_RAISED_ON_DEVICE = 2**23
 """The same on an accelerator, where every strip costs the start of some twenty kernels."""
 
 

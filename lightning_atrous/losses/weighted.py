@@ -18,6 +18,14 @@ __all__ = ["WeightedSum"]
 class WeightedSum(Loss):
     """A weighted sum of losses on the same logits and target.
 
+    In YAML::
+
+        loss:
+          class_path: WeightedSum
+          init_args:
+            losses: [{class_path: CrossEntropy, init_args: {label_smoothing: 0.1}}, {class_path: Dice}]
+            weights: [1.0, 0.5]
+
     Args:
         classes: Of every part.
         losses: The class of each part, with its options.
