@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -111,12 +110,11 @@ def last_scores(folder: Path) -> dict[str, float]:
 
 def table(found: dict[str, dict[str, float]]) -> Iterator[str]:
     """The rows that are there."""
-    yield f"| | mIoU | mean IoU of {', '.join(sorted(SMALL))} | pixel accuracy | minutes |"
-    yield "|---|---:|---:|---:|---:|"
+    yield f"| | mIoU | mean IoU of {', '.join(sorted(SMALL))} | pixel accuracy |"
+    yield "|---|---:|---:|---:|"
     for what, scores in found.items():
         small = sum(scores[f"val/iou/{name}"] for name in SMALL) / len(SMALL)
         cells = [f"{100 * x:.1f}" for x in (scores["val/miou"], small, scores["val/pixel_accuracy"])]
-        cells.append(f"{scores['minutes']:.1f}" if "minutes" in scores else "")
         yield f"| {what} | {' | '.join(cells)} |"
 
 
@@ -126,9 +124,8 @@ def introduction(options: argparse.Namespace) -> str:
         f"# Heads on CamVid, trained alike\n\nMade by `benchmarks/camvid.py` on {datetime.date.today()} with "
         f"lightning-atrous {__version__}: `configs/camvid.yaml` (MobileNetV2 from ImageNet weights, output stride 16, "
         f"bf16) at half resolution (240×180), crops of {options.crop}×{options.crop}, {options.epochs} epochs of batch "
-        f"8, seed 1, one training a row, on {options.threads} threads of a CPU that did other things beside (the "
-        "minutes tell little). Validation on 101 images of 240×180 after the last epoch: the scores compare rows, and "
-        "are far from what the heads can do.\n"
+        f"8, seed 1, one training a row. Validation on 101 images of 240×180 after the last epoch: the scores compare "
+        "rows, and are far from what the heads can do.\n"
     )
 
 
@@ -154,19 +151,18 @@ def main() -> None:
 
 def train(name: str, root: Path, options: argparse.Namespace) -> None:
     """One row, or two where it is scored at stride 8 too."""
-    place = options.runs / name
-    given = [*arguments(root, options), "--run_dir", str(place)]
-    begun = time.perf_counter()
+    place, row = options.runs / name, ROWS[name]
+    given = [*arguments(root, options), *row.options, "--run_dir", str(place)]
     if name == "smp":
         run(str(Path(__file__).with_name("smp_deeplabv3plus.py")), "fit", *given, threads=options.threads)
     else:
-        run("-m", "lightning_atrous", "fit", *given, *ROWS[name].options, threads=options.threads)
-    found = {ROWS[name].what: last_scores(place) | {"minutes": (time.perf_counter() - begun) / 60}}
-    if ROWS[name].also_at_8:
+        run("-m", "lightning_atrous", "fit", *given, threads=options.threads)
+    found = {row.what: last_scores(place)}
+    if row.also_at_8:
         checkpoint = str(place / "checkpoints" / "last.ckpt")
         scored = ("--ckpt_path", checkpoint, "--eval_output_stride", "8", "--trainer.logger", "csv")
         run("-m", "lightning_atrous", "validate", *given, *scored, threads=options.threads)
-        found[f"{ROWS[name].what}, scored at stride 8"] = last_scores(place)
+        found[f"{row.what}, scored at stride 8"] = last_scores(place)
     (place / SCORES).write_text(json.dumps(found, indent=1))
 
 

@@ -7,6 +7,7 @@ into atrous rates; this file joins the two and checks what goes in.
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 import os
 from collections.abc import Mapping
@@ -77,6 +78,8 @@ class TimmBackbone(nn.Module):
         hdc_at: The output stride for which ``hdc`` is given; at a finer one the taps stay where they are in the image.
         execution: How ``dilate`` is computed: by ``dilated`` kernels, by plain ones on maps ``split`` into their
             sub-grids, or, by ``auto``, by whichever is faster. The numbers are the same.
+        read_at: Levels that are read before timm's end of them: by index, the module of timm's network whose output it
+            is, of the same shape; ``{2: blocks.2.0}`` where another package's decoder reads the first block of a stage.
 
     Raises:
         ValueError: An unknown network or option; weights that do not fit or cannot be had; a stride that this
@@ -96,6 +99,7 @@ class TimmBackbone(nn.Module):
         hdc: dict[int, tuple[int, ...]] | None = None,
         hdc_at: int = 8,
         execution: Execution = "auto",
+        read_at: dict[int, str] | None = None,
     ) -> None:
         super().__init__()
         self.name, self.in_channels, self.timm_options = name, in_channels, dict(timm_options or {})
@@ -109,6 +113,7 @@ class TimmBackbone(nn.Module):
         self._channels = tuple(self.net.feature_info.channels())
         # asked of the class of the format, not of timm: `Format.NHWC` is a string enumeration
         self._channels_first = str(getattr(self.net, "output_fmt", None) or "NCHW").endswith("NCHW")
+        self.read_at = _checked_places(self.net, dict(read_at or {}), len(self._channels))
         self.method = method
         self.multi_grid, self.hdc, self.hdc_at = multi_grid, hdc, hdc_at
         self._grid = self._smallest_grid()
@@ -183,6 +188,7 @@ class TimmBackbone(nn.Module):
             "hdc": self.hdc and {stride: tuple(rates) for stride, rates in self.hdc.items()},
             "hdc_at": self.hdc_at,
             "execution": self.dilation.execution,
+            "read_at": self.read_at or None,
         }
 
     def forward(self, image: Tensor) -> Features:
@@ -193,7 +199,7 @@ class TimmBackbone(nn.Module):
         """
         height, width = image.shape[-2:]
         below, right = -height % self._grid, -width % self._grid
-        features = self.net(F.pad(image, (0, right, 0, below)) if below or right else image)
+        features = self._maps(F.pad(image, (0, right, 0, below)) if below or right else image)
         if not self._channels_first:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         if not (below or right):
@@ -202,6 +208,43 @@ class TimmBackbone(nn.Module):
             feature[..., : -(-height // reduction), : -(-width // reduction)]
             for feature, reduction in zip(features, self.dilation.reductions, strict=True)
         )
+
+    def _maps(self, image: Tensor) -> list[Tensor]:
+        if not self.read_at:
+            return self.net(image)
+        read: dict[int, Tensor] = {}
+        hooks = [
+            self.net.get_submodule(place).register_forward_hook(functools.partial(_keep, read, level))
+            for level, place in self.read_at.items()
+        ]
+        try:
+            features = list(self.net(image))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for level, place in self.read_at.items():
+            if read[level].shape != features[level].shape:
+                raise ValueError(
+                    f"read_at: at output stride {self.output_stride} {place} gives {tuple(read[level].shape)} where "
+                    f"level {level} has {tuple(features[level].shape)}; name a module within that level's own stage, "
+                    f"or take a coarser output stride"
+                )
+            features[level] = read[level]
+        return features
+
+
+def _keep(read: dict[int, Tensor], level: int, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    read[level] = output
+
+
+def _checked_places(net: nn.Module, places: dict[int, str], levels: int) -> dict[int, str]:
+    modules = [name for name, _ in net.named_modules() if name]
+    for level, place in places.items():
+        if level not in range(levels):
+            raise ValueError(f"read_at: level {level} asked of a network with {levels} levels; give 0 to {levels - 1}")
+        if place not in modules:
+            raise ValueError(f"read_at: this network has no module '{place}'; {close_matches(place, modules)}")
+    return places
 
 
 def _check_name(name: str) -> None:

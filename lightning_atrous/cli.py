@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import sys
@@ -10,13 +9,10 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 
-from rich.console import Console
-from rich.table import Table
-
 from lightning_atrous import __version__
-from lightning_atrous.backbone import list_backbones
 from lightning_atrous.complaints import Complaint
-from lightning_atrous.heads import HEADS
+from lightning_atrous.interop.command import import_checkpoint
+from lightning_atrous.listing import tell_list
 from lightning_atrous.prediction import predict
 from lightning_atrous.registry import close_matches
 from lightning_atrous.support import tell_support
@@ -36,28 +32,16 @@ def _predict(arguments: Sequence[str]) -> None:
     predict(arguments[1:])
 
 
+def _import(arguments: Sequence[str]) -> None:
+    import_checkpoint(arguments[1:])
+
+
 def _support(arguments: Sequence[str]) -> None:
     tell_support(arguments[1:])
 
 
 def _list(arguments: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="lightning-atrous list", description="What can be put into a config.")
-    parser.add_argument("what", choices=("heads", "backbones"))
-    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern, or a part of the name")
-    options = parser.parse_args(list(arguments[1:]))
-    if options.what == "backbones":
-        names = list_backbones(options.pattern)
-        print("\n".join(names))
-        if not names:
-            raise Complaint(f"timm has no network like '{options.pattern}'", exit_code=1)
-        return
-    table = Table("name", "class", "what it is")
-    for name in HEADS:
-        summary = (HEADS[name].__doc__ or "").strip().splitlines()[:1]
-        table.add_row(name, f"{HEADS[name].__module__}.{HEADS[name].__qualname__}", *summary)
-    Console().print(table)
-    for name, reason in HEADS.broken.items():
-        print(f"plug-in '{name}' could not be imported: {reason}", file=sys.stderr)
+    tell_list(arguments[1:])
 
 
 VERBS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
@@ -65,8 +49,9 @@ VERBS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "validate": ("score a checkpoint on the validation images", _train),
     "test": ("score a checkpoint on the test images", _train),
     "predict": ("CHECKPOINT IMAGES...: class indices, colours and overlays of pictures", _predict),
+    "import": ("SOURCE ...: checkpoints of torchvision, SMP and mmsegmentation into ours", _import),
     "support": ("NETWORK...: which output strides a backbone takes, how exactly, and why not others", _support),
-    "list": ("heads | backbones [PATTERN]: what can be put into a config", _list),
+    "list": ("heads [NAME] | backbones [PATTERN]: what can be put into a config, and its options", _list),
 }
 
 

@@ -129,6 +129,7 @@ def clarify(message: str, parser: argparse.ArgumentParser, classes: Mapping[str,
     # of options within options, what is said of the innermost
     inner = re.split(r" - Expected a NoneType Given value type: NestedArg", text.rpartition('arser key "')[2])[0]
     inner = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", inner)
+    inner = re.sub(r"\. Got value: Namespace\(.*", "", inner)  # the whole class whose option it is
     if match := re.search(r"Union subtypes Subtypes: \[(.*)\] Errors: .*Given value: (.*)", inner):
         return f"{key}: expected one of {match[1].replace('NoneType', 'null')}, got {match[2]}"
     if match := re.search(r"Expected an? (.*?)\. Got value: (.*)", inner):

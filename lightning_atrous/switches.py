@@ -49,7 +49,9 @@ def reset_replaced(
             given |= options
         for option, default in _own_options(current).items():
             if option in before - given and default is not inspect.Parameter.empty:
-                added.append(f"--{key}.{option}={json.dumps(default)}")
+                # a word as it is: quotes would be taken for a part of it
+                written = default if isinstance(default, str) else json.dumps(default)
+                added.append(f"--{key}.{option}={written}")
     return added
 
 

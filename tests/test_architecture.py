@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry", "files", "arrays"},
+    {"types", "registry", "files", "arrays", "signatures"},
     {
         "layers",
         "dilation.ops",
@@ -33,7 +33,7 @@ LAYERS = [
     {"losses.pixel_mean", "losses.raised"},
     {"losses.cross_entropy", "losses.ohem", "losses.smp", "losses.weighted"},
     {"backbone", "context", "metrics", "optim", "complaints", "data.base"},
-    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base"},
+    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base", "testing.cases"},
     {"heads.smp_base"},
     {
         "heads.fcn",
@@ -52,9 +52,10 @@ LAYERS = [
         "heads.smp_pyramids",
     },
     {"model", "checkpoint"},
-    {"task"},
-    {"callbacks", "loggers", "plugins", "speed"},
-    {"training", "prediction", "support"},
+    {"task", "testing.contract"},
+    {"callbacks", "loggers", "plugins", "speed", "interop.base"},
+    {"interop.torchvision", "interop.smp", "interop.mmseg"},
+    {"training", "prediction", "support", "listing", "interop.command"},
     {"cli"},
     {"__main__"},
 ]
@@ -79,13 +80,20 @@ WALLS = {
     },
     "jsonargparse": {"training"},
     "wandb": {"loggers"},
-    "segmentation_models_pytorch": {"heads.smp_base", "heads.smp_skips", "heads.smp_pyramids", "losses.smp", "interop"},
-    "rich": {"callbacks", "cli", "prediction", "support"},
+    "segmentation_models_pytorch": {
+        "heads.smp_base",
+        "heads.smp_skips",
+        "heads.smp_pyramids",
+        "losses.smp",
+        "interop.smp",
+    },
+    "docstring_parser": {"signatures"},
+    "rich": {"callbacks", "listing", "prediction", "support"},
     "PIL": {"arrays", "images", "task"},
     "tifffile": {"arrays"},
 }
 
-PACKAGES = {"dilation", "losses", "heads", "data"}
+PACKAGES = {"dilation", "losses", "heads", "data", "testing", "interop"}
 
 
 def modules() -> dict[str, Path]:

@@ -61,10 +61,11 @@ def test_readme_command_parses(line: str, monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prediction, *blocks = re.findall(r"```python\n(.*?)```", README, re.S)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
+    head: dict[str, object] = {"__name__": "readme"}
     try:
         for block in blocks:
-            names: dict[str, object] = {"__name__": "readme"}
+            names = head if "Linear" in block else {"__name__": "readme"}
             exec(compile(block, "README.md", "exec"), names)
             if "task" in names:
                 task = names["task"]
@@ -77,6 +78,7 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
                 exec(compile(prediction, "README.md", "exec"), names)
                 assert names["index"].shape == (41, 57)
         assert "linear" in HEADS
+        head["test_linear"]()
         head_lines = [line for line in blocks[0].splitlines() if line.strip()]
         assert len(head_lines) <= 15
     finally:

@@ -27,6 +27,14 @@ FIT = ("fit", "--config", "tiny.yaml")
 MISTYPED = {
     "verb": (("fti",), "no verb 'fti'; did you mean 'fit'?"),
     "section": ((*FIT, "--modle.head", "fcn"), "unknown option --modle.head; did you mean 'model'?"),
+    "a head's word": (
+        (*FIT, "--model.head", "unet", "--model.head.interpolation", "cubic"),
+        "model.head.interpolation: expected 'nearest', 'bilinear', 'bicubic', 'area', 'nearest-exact', got cubic\n",
+    ),
+    "a head's word or none": (
+        (*FIT, "--model.head", "unet", "--model.head.attention_type", "scsee"),
+        "model.head.attention_type: expected one of 'scse', null, got scsee\n",
+    ),
     "key": ((*FIT, "--model.hed", "fcn"), "unknown option --model.hed; did you mean 'model.head'"),
     "trainer key": ((*FIT, "--trainer.max_epoch", "3"), "did you mean 'trainer.max_epochs'"),
     "key in the file": (("fit", "--config", "key.yaml"), "unknown key 'modle.head'; did you mean 'model'?"),

@@ -67,6 +67,13 @@ def test_what_is_said_of_the_new_class_stays(resolve: Any, workdir: Path) -> Non
     assert again["model"]["head"]["init_args"] == {**defaults(DeepLabV3), "rates": [2]}
 
 
+def test_options_that_are_words_are_reset_to_words(resolve: Any) -> None:
+    words = ("--model.head", "fpn", "--model.head.interpolation", "area", "--model.head", "unet")
+    options = resolve("fit", "--config", "other.yaml", *words)["model"]["head"]["init_args"]
+    assert options == defaults(HEADS["unet"])
+    assert options["interpolation"] == "nearest"
+
+
 def test_the_same_class_named_again_keeps_its_options(resolve: Any) -> None:
     config = resolve("fit", "--config", "other.yaml", "--model.head", "DeepLabV3Plus", "--model.head.separable", "true")
     options = config["model"]["head"]["init_args"]

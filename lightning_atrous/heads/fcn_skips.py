@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_atrous.heads.base import HEADS, Head
@@ -89,7 +90,10 @@ class SkipFCN(Head):
         logits = self.scores[0](self.classifier(features[-1]))
         for i, enlarge in enumerate(self.raises, start=1):
             skip = self.scores[i](features[-1 - i])
-            logits = enlarge(logits)[..., : skip.shape[-2], : skip.shape[-1]] + skip
+            logits = enlarge(logits)[..., : skip.shape[-2], : skip.shape[-1]]
+            # networks of patches round sizes down: what no position stands for is as its neighbour
+            missing = (0, skip.shape[-1] - logits.shape[-1], 0, skip.shape[-2] - logits.shape[-2])
+            logits = F.pad(logits, missing, mode="replicate") + skip if any(missing) else logits + skip
         return logits
 
 

@@ -101,6 +101,7 @@ def _unpool(x: Tensor, finer: Tensor, window: int) -> Tensor:
     ``(B, C, h, w)`` and ``(B, C, h', w')`` → ``(B, C, h', w')``.
     """
     _, indices = F.max_pool2d(finer, window, ceil_mode=True, return_indices=True)
+    indices = indices[..., : x.shape[-2], : x.shape[-1]].contiguous()  # patches round sizes down
     return F.max_unpool2d(x, indices, (window, window), output_size=finer.shape[-2:])
 
 
