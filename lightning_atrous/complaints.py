@@ -124,7 +124,7 @@ def clarify(message: str, parser: argparse.ArgumentParser, classes: Mapping[str,
     if match := re.search(r"Option '([^']+)' is not accepted", text):
         known = _options_of(message)
         return f"{key} takes no option '{match[1]}'" + (f"; {close_matches(match[1], known)}" if known else "")
-    if (match := re.search(r"Expected a dot import path string: (\S+)", text)) and key in classes:
+    if (match := re.search(r"Expected a dot import path string: (\S*\w)", text)) and key in classes:
         return f"{key}: no class is named '{match[1]}'; {close_matches(match[1], sorted(subclass_names(classes[key])))}"
     # of options within options, what is said of the innermost
     inner = re.split(r" - Expected a NoneType Given value type: NestedArg", text.rpartition('arser key "')[2])[0]
@@ -148,11 +148,15 @@ def _like(key: str, parser: argparse.ArgumentParser) -> str:
 
 def _options_of(message: str) -> list[str]:
     """The options of the innermost class that a message names by its import path."""
-    for path in reversed(re.findall(r"class_path(?:=| )'([\w.]+)'", message)):
+    # within a list of classes, the value that was not accepted comes first
+    first = re.findall(r"is not accepted\. Got value: Namespace\(class_path='([\w.]+)'", message)
+    for path in [*first, *reversed(re.findall(r"class_path(?:=| )'([\w.]+)'", message))]:
         module, _, name = path.rpartition(".")
         try:
             cls = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError, ValueError):
             continue
-        return [option for option in inspect.signature(cls).parameters if option not in ("info", "num_classes")]
+        return [
+            option for option in inspect.signature(cls).parameters if option not in ("info", "num_classes", "classes")
+        ]
     return []

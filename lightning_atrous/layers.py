@@ -19,7 +19,9 @@ __all__ = [
     "SingleValueNorm",
     "class_map",
     "enlarge",
+    "raised_rows",
     "resize",
+    "rows_behind",
 ]
 
 
@@ -35,6 +37,58 @@ def resize(x: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Te
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=align_corners)
+
+
+def rows_behind(first: int, last: int, height: int, raised: int) -> tuple[int, int]:
+    """Of which rows of a map some rows of the raised one are made: the first, and the one behind the last.
+
+    Args:
+        first: Of the raised rows.
+        last: The one behind them.
+        height: Of the map.
+        raised: Of the raised one.
+    """
+    at = _centres(first, last, height, raised)
+    return int(at[0]), min(int(at[-1]) + 2, height)
+
+
+def raised_rows(
+    x: Tensor, first: int, last: int, size: Sequence[int], *, above: int = 0, height: int | None = None
+) -> Tensor:
+    """Some rows of a raised map without the others: ``resize(x, size)[..., first:last, :]``.
+
+    Along the width first, where there are few rows yet, and then along the height.
+
+    Args:
+        x: ``(B, C, h, w)``: the map, or those of its rows that `rows_behind` names.
+        first: Of the rows that are wanted.
+        last: The one behind them.
+        size: Height and width of the whole raised map.
+        above: How many rows of the map are not in ``x``, for they stand above it.
+        height: Of the whole map; that of ``x`` where not given.
+    """
+    height = height or x.shape[-2]
+    if x.shape[-1] == size[1]:
+        wide = x
+    elif torch.are_deterministic_algorithms_enabled():  # of which torch has none on a GPU but in two dimensions
+        wide = resize(x, (x.shape[-2], size[1]))
+    else:  # each row of each channel a signal of its own: twice as fast
+        wide = F.interpolate(x.flatten(0, 1), size=size[1], mode="linear", align_corners=False)
+        wide = wide.unflatten(0, x.shape[:2])
+    if height == size[0]:
+        return wide[..., first - above : last - above, :]
+    at = _centres(first, last, height, size[0])
+    upper = at.long() - above
+    lower = (upper + 1).clamp_(max=x.shape[-2] - 1)
+    share = at.frac().to(x.dtype)[:, None]
+    upper, lower, share = (index.to(x.device) for index in (upper, lower, share))
+    return wide.index_select(2, upper).lerp(wide.index_select(2, lower), share)
+
+
+def _centres(first: int, last: int, height: int, raised: int) -> Tensor:
+    """Where the centres of raised rows lie among those of the map; on the CPU, in float64."""
+    rows = torch.arange(first, last, dtype=torch.float64)
+    return ((rows + 0.5) * (height / raised) - 0.5).clamp_(0, height - 1)
 
 
 def enlarge(logits: Tensor, times: int) -> Tensor:

@@ -29,7 +29,7 @@ def describe(factory: Callable[..., object]) -> Spec:
     """A class, or a `functools.partial` of one, as plain values.
 
     Args:
-        factory: What will be called to build the object.
+        factory: What will be called to build the object. Its options may be factories, or lists of them, in turn.
 
     Raises:
         ValueError: Anything else (a lambda, say), or an option that is no plain value: a checkpoint could not hold it.
@@ -50,13 +50,16 @@ def describe(factory: Callable[..., object]) -> Spec:
             f"define the class at the top level of a module and give its options with functools.partial"
         )
     class_path = f"{target.__module__}.{target.__qualname__}"
+    plain = {}
     for name, value in options.items():
-        if not _is_plain(value):
+        try:
+            plain[name] = _plain(value)
+        except TypeError:
             raise ValueError(
                 f"option {name} of {class_path} is {value!r}; a checkpoint holds numbers, strings, booleans, None, "
-                f"and lists, tuples and dictionaries of them"
-            )
-    return {"class_path": class_path, "init_args": options}
+                f"factories like this one, and lists, tuples and dictionaries of them"
+            ) from None
+    return {"class_path": class_path, "init_args": plain}
 
 
 def build(spec: Spec, *, registry: Registry[Any] | None = None, trust: Collection[str] = ()) -> Callable[..., Any]:
@@ -73,23 +76,48 @@ def build(spec: Spec, *, registry: Registry[Any] | None = None, trust: Collectio
     class_path = spec["class_path"]
     classes = [] if registry is None else [registry[name] for name in registry]
     registered: dict[str, Callable[..., Any]] = {f"{cls.__module__}.{cls.__qualname__}": cls for cls in classes}
+    target: Callable[..., Any]
     if class_path in registered:
-        return functools.partial(registered[class_path], **spec["init_args"])
-    if not class_path.startswith(_OWN) and class_path not in trust:
+        target = registered[class_path]
+    elif not class_path.startswith(_OWN) and class_path not in trust:
         raise ValueError(
             f"the checkpoint asks for {class_path}, which no installed package registers; install the package that "
             f"brings it, or vouch for it: trust=['{class_path}'], or predict --trust {class_path}"
         )
-    module, _, name = class_path.rpartition(".")
-    try:
-        return functools.partial(getattr(importlib.import_module(module), name), **spec["init_args"])
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"the checkpoint asks for {class_path}, which cannot be imported: {error}") from error
+    else:
+        module, _, name = class_path.rpartition(".")
+        try:
+            target = getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise ValueError(f"the checkpoint asks for {class_path}, which cannot be imported: {error}") from error
+
+    def built(value: Any) -> Any:
+        """An option with the factories in it, by the same rules."""
+        if isinstance(value, (list, tuple)):
+            return type(value)(map(built, value))
+        if isinstance(value, dict):
+            if set(value) == {"class_path", "init_args"}:
+                return build(
+                    {"class_path": value["class_path"], "init_args": value["init_args"]}, registry=registry, trust=trust
+                )
+            return {key: built(item) for key, item in value.items()}
+        return value
+
+    return functools.partial(target, **{name: built(value) for name, value in spec["init_args"].items()})
 
 
-def _is_plain(value: object) -> bool:
+def _plain(value: object) -> object:
+    """An option as plain values.
+
+    Raises:
+        TypeError: It cannot be written so.
+    """
+    if isinstance(value, (type, functools.partial)):
+        return describe(value)
     if isinstance(value, (list, tuple)):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
-    return value is None or isinstance(value, (bool, int, float, str))
+        return type(value)(map(_plain, value))
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: _plain(item) for key, item in value.items()}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(value)

@@ -41,7 +41,7 @@ SLOTS: Slots = {
     "trainer.logger": (LOGGERS, Logger),
 }
 
-CLASSES = {"data": SegmentationData, "model.loss": Loss, "model.optimizer": Optimizer}
+CLASSES = {"data": SegmentationData, "model.loss": Loss, "model.loss.losses": Loss, "model.optimizer": Optimizer}
 
 REPLACED = {"model.head": Head, "model.aux_head": Head, "model.loss": Loss, "model.optimizer": Optimizer}
 """Where options mean one class's own thing, and do not outlive it. Those of the data mean the same to all sources."""

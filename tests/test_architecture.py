@@ -29,7 +29,10 @@ LAYERS = [
     {"dilation.blocks", "dilation.forms"},
     {"dilation.network"},
     {"dilation.timing", "dilation.stride"},
-    {"backbone", "context", "losses", "metrics", "optim", "complaints", "data.base"},
+    {"losses.base"},
+    {"losses.pixel_mean", "losses.raised"},
+    {"losses.cross_entropy", "losses.ohem", "losses.smp", "losses.weighted"},
+    {"backbone", "context", "metrics", "optim", "complaints", "data.base"},
     {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base", "testing.cases"},
     {"heads.smp_base"},
     {
@@ -77,14 +80,20 @@ WALLS = {
     },
     "jsonargparse": {"training"},
     "wandb": {"loggers"},
-    "segmentation_models_pytorch": {"heads.smp_base", "heads.smp_skips", "heads.smp_pyramids", "losses", "interop.smp"},
+    "segmentation_models_pytorch": {
+        "heads.smp_base",
+        "heads.smp_skips",
+        "heads.smp_pyramids",
+        "losses.smp",
+        "interop.smp",
+    },
     "docstring_parser": {"signatures"},
     "rich": {"callbacks", "listing", "prediction", "support"},
     "PIL": {"arrays", "images", "task"},
     "tifffile": {"arrays"},
 }
 
-PACKAGES = {"dilation", "heads", "data", "testing", "interop"}
+PACKAGES = {"dilation", "losses", "heads", "data", "testing", "interop"}
 
 
 def modules() -> dict[str, Path]:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from lightning_atrous import layers
-from lightning_atrous.layers import ConvNormAct, ImagePool, Normalize, SeparableConv, resize
+from lightning_atrous.layers import ConvNormAct, ImagePool, Normalize, SeparableConv, raised_rows, resize, rows_behind
 from lightning_atrous.types import Preprocess
 
 
@@ -58,6 +58,25 @@ def test_image_pool_trains_with_one_image_and_is_a_mean() -> None:
     x = torch.randn(2, 4, 5, 3)
     expected = F.relu(bare.conv(F.adaptive_avg_pool2d(x, 1))).expand(-1, -1, 5, 3)
     torch.testing.assert_close(bare(x), expected)
+
+
+@pytest.mark.parametrize("size", [(9, 12), (20, 7), (5, 6), (5, 40), (1, 1)])
+@pytest.mark.parametrize("height", [5, 1])
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_raised_rows_are_rows_of_the_raised_map(size: tuple[int, int], height: int, deterministic: bool) -> None:
+    x = torch.randn(2, 3, height, 6, dtype=torch.float64)
+    expected = resize(x, size)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        for first in range(size[0]):
+            for last in range(first + 1, size[0] + 1):
+                top, bottom = rows_behind(first, last, height, size[0])
+                rows = raised_rows(x, first, last, size)
+                torch.testing.assert_close(rows, expected[..., first:last, :])
+                only = raised_rows(x[..., top:bottom, :], first, last, size, above=top, height=height)
+                torch.testing.assert_close(only, rows, rtol=0, atol=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_resize_to_the_same_size_is_the_same_tensor() -> None:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_atrous.losses import CrossEntropy, Loss, mean_over_ranks
+from lightning_atrous.losses import CrossEntropy, Focal, Loss, WeightedSum, mean_over_ranks
 from lightning_atrous.types import ClassInfo
 
 K = 4
@@ -189,10 +189,12 @@ def global_batch() -> tuple[Tensor, Tensor]:
     return images.detach(), target
 
 
-def losses() -> list[CrossEntropy]:
+def losses() -> list[Loss]:
     return [
         CrossEntropy(class_info()),
         CrossEntropy(class_info(), class_weights=WEIGHTS, label_smoothing=0.1),
+        Focal(class_info(), class_weights=WEIGHTS),
+        WeightedSum(class_info(), losses=[CrossEntropy, Focal], weights=(0.5, 2.0)),
     ]
 
 

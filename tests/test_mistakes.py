@@ -119,6 +119,20 @@ MISTYPED = {
         (*FIT, "--model.loss", "CrossEntropy", "--model.loss.class_weights", "[1, 2]"),
         "2 class_weights for 7 classes",
     ),
+    "loss": ((*FIT, "--model.loss", "Dise"), "model.loss: no class is named 'Dise'; did you mean 'Dice'?"),
+    "loss option": ((*FIT, "--model.loss", "OHEM", "--model.loss.treshold", "0.5"), "did you mean 'threshold'"),
+    "loss in a sum": (
+        (*FIT, "--model.loss", "WeightedSum", "--model.loss.losses", "[CrossEntropy, {class_path: Lovas}]"),
+        "model.loss.losses: no class is named 'Lovas'; did you mean 'Lovasz'?",
+    ),
+    "option in a sum": (
+        (*FIT, "--model.loss=WeightedSum", "--model.loss.losses=[{class_path: Dice, init_args: {smoth: 1}}]"),
+        "model.loss.losses takes no option 'smoth'; did you mean 'smooth'?",
+    ),
+    "weights of a sum": (
+        (*FIT, "--model.loss", "WeightedSum", "--model.loss.losses", "[Dice]", "--model.loss.weights", "[1, 2]"),
+        "WeightedSum got 2 weights for 1 losses",
+    ),
     "optimizer": (
         (*FIT, "--model.optimizer", "SDG"),
         "model.optimizer: no class is named 'SDG'; did you mean",
