@@ -62,6 +62,20 @@ ROWS = {
     "v3plus-16": Row("DeepLabV3+, 16 low-level channels", head("deeplabv3plus", low_level_channels=16)),
     "v3-unet": Row("V3 encoder, U-Net-like decoder (strides 8, 4, 2)", head("deeplabv3plus", low_levels="[2,4,8]")),
     "v3-segnet": Row("V3 encoder, SegNet-like decoder (strides 8, 4, 2)", head("segnet", rates="[6,12,18]")),
+    "v3plus-as-smp": Row(
+        "DeepLabV3+ with the options that SMP's has",
+        head(
+            "deeplabv3plus",
+            rates="[12,24,36]",
+            separable="true",
+            inner_norm="false",
+            aspp_convs=1,
+            decoder_convs=1,
+            dropout=0.5,
+            align_corners="true",
+            upsampling=4,
+        ),
+    ),
     "smp": Row("SMP's own DeepLabV3+ in the same loop"),
 }
 
