@@ -25,7 +25,7 @@ TOLD = {
     "deeplabv3": {"rates": "[1,2,3]", "channels": 64},
     "deeplabv3plus": {"rates": "[1,2,3]", "channels": 64},
     "denseaspp": {"rates": "[1,2,3,4,5]"},
-    "linknet": {"optimizer.lr": 0.003},
+    "linknet": {"trainer.max_epochs": 10},
     "fpn": {"pyramid_channels": 64, "segmentation_channels": 64},
     "psp": {"channels": 64},
     "rfb": {"channels": 64},
@@ -41,7 +41,7 @@ FINER = {"deeplabv1": 4}
 
 def train(name: str, place: Path, threads: int) -> int:
     """Train at the first stride that the head takes, and return that."""
-    head = [f"--model.{key if '.' in key else f'head.{key}'}={value}" for key, value in TOLD.get(name, {}).items()]
+    head = [f"--{key if '.' in key else f'model.head.{key}'}={value}" for key, value in TOLD.get(name, {}).items()]
     for stride in [FINER[name]] if name in FINER else STRIDES:
         words = ["--config", str(CONFIG), "--model.head", name, *head, "--model.backbone.output_stride", str(stride)]
         words += ["--run_dir", str(place), "--trainer.enable_progress_bar", "false"]

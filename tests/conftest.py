@@ -15,6 +15,9 @@ import torch
 
 ROOT = Path(__file__).parent.parent
 
+collect_ignore = ["mmseg_original.py"]
+"""Run by another Python, in which mmsegmentation is installed."""
+
 torch.set_num_threads(2)
 
 # Lightning calls what newer releases of jsonargparse have renamed
