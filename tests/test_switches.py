@@ -42,8 +42,14 @@ def defaults(cls: type) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
 
 
-@pytest.mark.parametrize("head", sorted(set(HEADS) - {"deeplabv3plus"}))
-@pytest.mark.parametrize("where", ["over the default", "over a config", "in a second config"])
+@pytest.mark.parametrize(
+    ("head", "where"),
+    [
+        *((head, "over a config") for head in sorted(set(HEADS) - {"deeplabv3plus"})),
+        *((head, "over the default") for head in ("fcn", "deeplabv3", "unet")),
+        *((head, "in a second config") for head in ("fcn", "deeplabv3", "unet")),
+    ],
+)
 def test_a_heads_options_are_its_own(head: str, where: str, resolve: Any, workdir: Path) -> None:
     (workdir / "head.yaml").write_text(f"model:\n  head: {head}\n")
     (workdir / "plain.yaml").write_text("model: {backbone: {name: test_resnet, pretrained: false}}\ndata: Shapes\n")
