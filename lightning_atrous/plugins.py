@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins import TorchSyncBatchNorm
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import nn
 
 from lightning_atrous.backbone import convert_sync_batchnorm
 from lightning_atrous.files import whole_file
+from lightning_atrous.layers import SingleValueNorm
 
 __all__ = ["SyncBatchNorm", "WholeCheckpointIO"]
 
@@ -29,8 +31,11 @@ class SyncBatchNorm(TorchSyncBatchNorm):
 
     def apply(self, model: nn.Module) -> nn.Module:
         """Put synchronised norms in the places of all others, with the same tensors."""
+        alone = not (dist.is_initialized() and dist.get_world_size() > 1)
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
+                if alone and isinstance(child, SingleValueNorm):
+                    continue  # which can do with one value, where torch's synchronised norm cannot
                 if isinstance(child, nn.modules.batchnorm._BatchNorm):
                     self._originals.append((parent, name, child))
                     setattr(parent, name, convert_sync_batchnorm(child))

@@ -59,7 +59,7 @@ def test_torchs_own_conversion_would_drop_activations() -> None:
 def test_image_pool_takes_one_image_with_a_synchronised_norm(one_process: None) -> None:
     pool = ImagePool(4, 5)
     SyncBatchNorm().apply(pool)
-    assert isinstance(pool.norm, nn.SyncBatchNorm)
+    assert not isinstance(pool.norm, nn.SyncBatchNorm)  # which wants several values, and one process has one
     x = torch.randn(1, 4, 6, 7)
     torch.testing.assert_close(pool.train()(x), pool.eval()(x))
 

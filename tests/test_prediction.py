@@ -36,7 +36,7 @@ def make_task(reader: Reader = RGB, classes: ClassInfo = CLASSES) -> Segmentatio
     task = SegmentationTask(backbone, functools.partial(FCN, channels=8), classes=classes, reader=reader).eval()
     with torch.no_grad():  # untrained, it would give one class everywhere
         logits = task(torch.rand(1, reader.out_channels, 64, 64, generator=torch.Generator().manual_seed(0)))
-        task.model.head.layers[-1].bias -= logits.mean((0, 2, 3))
+        task.model.head.classifier.bias -= logits.mean((0, 2, 3))
     return task
 
 
@@ -321,8 +321,8 @@ def test_more_classes_than_a_byte_counts(here: Path) -> None:
     classes = ClassInfo(tuple(map(str, range(300))), ignore_index=-1)
     task = make_task(classes=classes)
     assert task.predict(read(here / "photos/a.png")).dtype == np.int32
-    torch.nn.init.constant_(task.model.head.layers[-1].bias, 0)
-    task.model.head.layers[-1].bias.data[299] = 1e6
+    torch.nn.init.constant_(task.model.head.classifier.bias, 0)
+    task.model.head.classifier.bias.data[299] = 1e6
     save(task, here / "many.ckpt")
     main(["predict", "many.ckpt", "photos/a.png"])
     index = read(here / "predictions/index/a.png")
