@@ -27,9 +27,11 @@ TOLD = {
     "denseaspp": {"rates": "[1,2,3,4,5]"},
     "linknet": {"trainer.max_epochs": 10},
     "fpn": {"pyramid_channels": 64, "segmentation_channels": 64},
+    "manet": {"channels": "[64,48,32,16,16]"},
     "psp": {"channels": 64},
     "rfb": {"channels": 64},
     "segformer": {"segmentation_channels": 64},
+    "unetplusplus": {"channels": "[64,48,32,16,16]"},
     "upernet": {"channels": 64},
 }
 """Papers' rates reach beyond a map of 8×8 altogether, and their widths are for backbones ten times as wide."""
