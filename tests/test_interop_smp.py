@@ -38,7 +38,7 @@ def original(architecture: str, encoder: str, **options: Any) -> nn.Module:
     return drawn(getattr(smp, architecture)(encoder, **options))
 
 
-def compare(model: nn.Module, *sizes: tuple[int, int]) -> tuple[str, ...]:
+def assert_same_logits(model: nn.Module, *sizes: tuple[int, int]) -> tuple[str, ...]:
     imported = from_smp(model, classes=ABC)
     found = differences(imported.task.double(), model.double(), *sizes)
     assert max(found.values()) < 1e-9
@@ -53,7 +53,7 @@ def compare(model: nn.Module, *sizes: tuple[int, int]) -> tuple[str, ...]:
     ],
 )
 def test_deeplabs_on_smps_own_encoder_dilate_as_it_does(architecture: str, options: dict[str, Any]) -> None:
-    remarks = compare(original(architecture, "resnet18", **options), (64, 96), (48, 80))
+    remarks = assert_same_logits(original(architecture, "resnet18", **options), (64, 96), (48, 80))
     assert any("the kernel that gives up its stride is dilated itself" in remark for remark in remarks)
 
 
@@ -65,7 +65,7 @@ def test_deeplabs_on_smps_own_encoder_dilate_as_it_does(architecture: str, optio
     ],
 )
 def test_deeplabs_on_timms_networks(architecture: str, encoder: str, options: dict[str, Any]) -> None:
-    remarks = compare(original(architecture, encoder, **options), (64, 96), (48, 80))
+    remarks = assert_same_logits(original(architecture, encoder, **options), (64, 96), (48, 80))
     assert any(remark.startswith("compared on these weights") for remark in remarks)
 
 
@@ -73,13 +73,13 @@ def test_deeplabs_on_timms_networks(architecture: str, encoder: str, options: di
 @pytest.mark.parametrize("encoder", ["resnet50", "resnet101", "resnext50_32x4d", "tu-resnet50", "tu-efficientnet_b0"])
 @pytest.mark.parametrize("output_stride", [8, 16])
 def test_deeplabs_on_larger_encoders(encoder: str, output_stride: int) -> None:
-    compare(original("DeepLabV3Plus", encoder, encoder_output_stride=output_stride), (64, 96), (48, 80))
+    assert_same_logits(original("DeepLabV3Plus", encoder, encoder_output_stride=output_stride), (64, 96), (48, 80))
 
 
 @pytest.mark.parametrize("architecture", DECODERS)
 @pytest.mark.parametrize("encoder", ["tu-test_convnext", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_the_other_decoders(architecture: str, encoder: str) -> None:
-    compare(original(architecture, encoder), (128, 160))
+    assert_same_logits(original(architecture, encoder), (128, 160))
 
 
 def test_a_network_that_timm_dilates_in_its_own_way_is_refused() -> None:

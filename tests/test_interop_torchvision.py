@@ -25,7 +25,7 @@ def original(name: str, num_classes: int = 21, *, aux: bool = False) -> nn.Modul
     return drawn(getattr(segmentation, name)(weights=None, weights_backbone=None, num_classes=num_classes, **options))
 
 
-def compare(name: str, *, aux: bool = False) -> None:
+def assert_same_logits(name: str, *, aux: bool = False) -> None:
     model = original(name, aux=aux)
     task = from_torchvision(model, name).task.double()
     model.double()
@@ -51,14 +51,14 @@ def compare(name: str, *, aux: bool = False) -> None:
     ],
 )
 def test_logits_are_torchvisions(name: str, aux: bool) -> None:
-    compare(name, aux=aux)
+    assert_same_logits(name, aux=aux)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["fcn_resnet50", "fcn_resnet101", "deeplabv3_resnet101"])
 @pytest.mark.parametrize("aux", [False, True])
 def test_logits_are_torchvisions_in_larger_models(name: str, aux: bool) -> None:
-    compare(name, aux=aux)
+    assert_same_logits(name, aux=aux)
 
 
 def test_the_classes_are_voc_where_there_are_21() -> None:
