@@ -274,8 +274,10 @@ def _headline(task: SegmentationTask) -> str:
     stride = f"{backbone.output_stride}"
     if "," in backbone.dilation.summary:  # what people should know: other statistics, or a price
         stride += f" ({backbone.dilation.summary})"
-    if task.eval_output_stride not in (None, backbone.output_stride):
-        stride += f", scored at {task.eval_output_stride}"
+    if task.evaluation.output_stride not in (None, backbone.output_stride):
+        stride += f", scored at {task.evaluation.output_stride}"
+    if task.evaluation.inference.summary:
+        stride += f", scored in {task.evaluation.inference.summary}"
     return (
         f"{backbone.name} at output stride {stride} → {type(task.model.head).__name__} → "
         f"{len(task.classes)} classes, {parameters / 1e6:.1f} M parameters"

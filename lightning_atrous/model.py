@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.heads import Head
-from lightning_atrous.layers import Normalize, class_map, resize
+from lightning_atrous.inference import WHOLE, Inference
+from lightning_atrous.layers import Normalize, resize
 from lightning_atrous.types import Preprocess
 
 __all__ = ["SegmentationModel"]
@@ -84,12 +85,12 @@ class SegmentationModel(nn.Module):
         return self.head(features), None if self.aux_head is None else self.aux_head(features)
 
     @torch.no_grad()
-    def predict(self, image: Tensor) -> Tensor:
+    def predict(self, image: Tensor, *, inference: Inference = WHOLE) -> Tensor:
         """Image ``(B, C, H, W)`` → the class of every pixel in eval mode, int64 ``(B, H, W)``."""
         modes = [(module, module.training) for module in self.modules()]
         try:
             self.eval()
-            return class_map(self.logits(image), image.shape[-2:])
+            return inference.predict(self.logits, image, grid=self.output_stride)
         finally:  # one by one: a norm that was frozen stays so
             for module, training in modes:
                 module.training = training

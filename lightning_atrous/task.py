@@ -19,10 +19,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_atrous.accumulation import Accumulation
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.checkpoint import SPEC_KEY, check_classes, read_checkpoint
+from lightning_atrous.evaluation import Evaluated, Evaluation
 from lightning_atrous.heads import DeepLabV3Plus, HeadFactory
 from lightning_atrous.images import RGB, Reader, as_image
+from lightning_atrous.inference import WHOLE, Inference
 from lightning_atrous.losses import CrossEntropy, LossFactory, mean_over_ranks
-from lightning_atrous.metrics import SegmentationScore, class_iou, scores
+from lightning_atrous.metrics import SegmentationScore
 from lightning_atrous.model import SegmentationModel
 from lightning_atrous.optim import (
     POLY,
@@ -68,6 +70,8 @@ class SegmentationTask(L.LightningModule):
         channels_last: Keep images and weights in the memory format that is faster for convolutions nearly everywhere.
         eval_output_stride: Of the backbone while validating and testing; that of the training where not given. It is no
             part of what a checkpoint describes.
+        inference: How images are taken through the network while validating and testing: whole by default, or in
+            windows, at several scales, mirrored too. It is no part of what a checkpoint describes.
 
     Raises:
         ValueError: Parts that do not fit together, or that a checkpoint could not describe.
@@ -90,6 +94,7 @@ class SegmentationTask(L.LightningModule):
         decay_norm_and_bias: bool = False,
         channels_last: bool = True,
         eval_output_stride: int | None = None,
+        inference: Inference = WHOLE,
     ) -> None:
         super().__init__()
         optimizer = optimizer or SGD_RECIPE
@@ -119,10 +124,10 @@ class SegmentationTask(L.LightningModule):
         self.channels_last = channels_last
         self._accumulation: Accumulation | None = None
         self._steps_trained = 0
-        self._trained_as: dict[str, Any] | None = None  # the backbone, while it is evaluated at another stride
-        self.eval_output_stride = eval_output_stride
-        self._begin_evaluation()  # what is refused is refused now, before a step is done
-        self._end_evaluation()
+        self.evaluation = Evaluation(
+            self.model, self.loss, self.score, output_stride=eval_output_stride, inference=inference
+        )
+        self.evaluation.check()  # what is refused is refused now, before a step is done
         if channels_last:
             self.model.to(memory_format=torch.channels_last)
         self._factories = {
@@ -136,7 +141,7 @@ class SegmentationTask(L.LightningModule):
     def spec(self) -> dict[str, Any]:
         """The arguments that build this task again, without weights: plain values."""
         return {
-            "backbone": self._trained_as or self.model.backbone.options(),
+            "backbone": self.evaluation.trained_as or self.model.backbone.options(),
             **self._factories,
             "classes": dataclasses.asdict(self.classes),
             "reader": dataclasses.asdict(self.reader),
@@ -199,17 +204,18 @@ class SegmentationTask(L.LightningModule):
         return self.model(image)
 
     @overload
-    def predict(self, image: Tensor) -> Tensor: ...
+    def predict(self, image: Tensor, *, inference: Inference = WHOLE) -> Tensor: ...
 
     @overload
-    def predict(self, image: Image.Image | np.ndarray) -> np.ndarray: ...
+    def predict(self, image: Image.Image | np.ndarray, *, inference: Inference = WHOLE) -> np.ndarray: ...
 
-    def predict(self, image: Image.Image | np.ndarray | Tensor) -> np.ndarray | Tensor:
+    def predict(self, image: Image.Image | np.ndarray | Tensor, *, inference: Inference = WHOLE) -> np.ndarray | Tensor:
         """The class of every pixel, computed in eval mode on the task's device.
 
         Args:
             image: A PIL picture (as it is: its EXIF orientation is not applied), an array ``(H, W, C)`` or ``(H, W)``,
                 or a tensor ``(C, H, W)`` or ``(B, C, H, W)``; uint8, or floating in 0..1.
+            inference: Whole by default, or in windows, at several scales, mirrored too.
 
         Returns:
             For a picture or an array, an array ``(H, W)``: uint8 for at most 256 classes, else int32. For a tensor,
@@ -220,7 +226,7 @@ class SegmentationTask(L.LightningModule):
         """
         x = as_image(image, self.reader).to(self.device)
         batched = x.ndim == 4
-        labels = self.model.predict(self.in_memory_format(x if batched else x[None]))
+        labels = self.model.predict(self.in_memory_format(x if batched else x[None]), inference=inference)
         if isinstance(image, Tensor):
             return labels if batched else labels[0]
         return labels[0].cpu().numpy().astype(np.uint8 if len(self.classes) <= 256 else np.int32)
@@ -254,35 +260,19 @@ class SegmentationTask(L.LightningModule):
 
     def on_validation_start(self) -> None:
         """Go to the output stride of evaluation."""
-        self._begin_evaluation()
+        self.evaluation.begin()
 
     def on_test_start(self) -> None:
         """Go to the output stride of evaluation."""
-        self._begin_evaluation()
+        self.evaluation.begin()
 
-    def _begin_evaluation(self) -> None:
-        if self.eval_output_stride is not None:
-            self._trained_as = self._trained_as or self.model.backbone.options()
-            self.model.output_stride = self.eval_output_stride
+    def validation_step(self, batch: Batch, batch_idx: int) -> Evaluated:
+        """Score one batch; what comes of it is there for callbacks."""
+        return self.evaluation.step(self._image(batch), batch["mask"])
 
-    def _end_evaluation(self) -> None:
-        if self._trained_as is not None:
-            self.model.output_stride = self._trained_as["output_stride"]
-            self._trained_as = None
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score one batch."""
-        self._evaluate(batch, "val")
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Score one batch."""
-        self._evaluate(batch, "test")
-
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        logits = self.model.logits(self._image(batch))
-        self.score.update(logits, batch["mask"])
-        loss = self.loss(logits, batch["mask"])
-        self.log(f"{stage}/loss", loss, sync_dist=True, batch_size=len(batch["image"]))
+    def test_step(self, batch: Batch, batch_idx: int) -> Evaluated:
+        """Score one batch; what comes of it is there for callbacks."""
+        return self.evaluation.step(self._image(batch), batch["mask"])
 
     def _image(self, batch: Batch) -> Tensor:
         return self.in_memory_format(batch["image"])
@@ -294,22 +284,15 @@ class SegmentationTask(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the scores of the whole data set, and go back to the output stride of the training."""
         self._log_scores("val")
-        self._end_evaluation()
 
     def on_test_epoch_end(self) -> None:
         """Log the scores of the whole data set, and go back to the output stride of the training."""
         self._log_scores("test")
-        self._end_evaluation()
 
     def _log_scores(self, stage: str) -> None:
-        k = len(self.classes)
-        self.confusion = self.score.compute().cpu().reshape(k, k)
-        self.score.reset()
-        # on every rank the same numbers: the matrix is already summed
-        for name, value in scores(self.confusion).items():
+        self.confusion, results = self.evaluation.end()
+        for name, value in results.items():  # the same on every rank
             self.log(f"{stage}/{name}", value.to(self.device), prog_bar=name == "miou", sync_dist=True)
-        for name, iou in zip(self.classes.names, class_iou(self.confusion), strict=True):
-            self.log(f"{stage}/iou/{name}", iou.to(self.device), sync_dist=True)
         if self.trainer.state.fn != "fit":
             # the name under which Lightning takes another step than its own, which is 0 outside a training
             self.log("step", float(self._steps_trained), sync_dist=True)

@@ -109,7 +109,7 @@ def test_another_output_stride_for_evaluation_alone(tmp_path: Path) -> None:
     confusions = {}
     for stride in (None, 16, 8):
         evaluated = lightning_atrous.load(tmp_path / "best.ckpt")
-        evaluated.eval_output_stride = stride
+        evaluated.evaluation.output_stride = stride
         trainer().validate(evaluated, data, verbose=False)
         confusions[stride] = evaluated.confusion
     loaded.model.output_stride = 8
