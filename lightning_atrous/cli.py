@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from lightning_atrous import __version__
+from lightning_atrous.comparison import evaluate
 from lightning_atrous.complaints import Complaint
 from lightning_atrous.interop.command import import_checkpoint
 from lightning_atrous.listing import tell_list
@@ -32,6 +33,10 @@ def _predict(arguments: Sequence[str]) -> None:
     predict(arguments[1:])
 
 
+def _evaluate(arguments: Sequence[str]) -> None:
+    evaluate(arguments[1:])
+
+
 def _import(arguments: Sequence[str]) -> None:
     import_checkpoint(arguments[1:])
 
@@ -48,6 +53,7 @@ VERBS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "fit": ("train from a config; --ckpt_path last goes on with the newest run", _train),
     "validate": ("score a checkpoint on the validation images", _train),
     "test": ("score a checkpoint on the test images", _train),
+    "evaluate": ("CHECKPOINT [--grid]: scores at several output strides, scales and flips, in a table", _evaluate),
     "predict": ("CHECKPOINT IMAGES...: class indices, colours and overlays of pictures", _predict),
     "import": ("SOURCE ...: checkpoints of torchvision, SMP and mmsegmentation into ours", _import),
     "support": ("NETWORK...: which output strides a backbone takes, how exactly, and why not others", _support),

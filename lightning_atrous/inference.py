@@ -1,8 +1,8 @@
 """An image through a network: whole or in windows, at one scale or several, mirrored too.
 
-Works on any callable from images to logits, at whatever stride these are. Windows are blended on the grid of the logits,
-and several scales are averaged a few rows at a time, so that the scores of all classes never stand in memory at the size
-of the image: those of 19 classes at 4096×4096 are 1.2 GiB.
+Works on any callable from images to logits, at whatever stride these are. Windows are blended on the logits' own grid,
+and several scales are averaged a few rows at a time, so that the scores of all classes never stand in memory at the
+size of the image: those of 19 classes at 4096×4096 are 1.2 GiB.
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from lightning_atrous.complaints import Complaint
 from lightning_atrous.images import Mode, Reader, write_png
+from lightning_atrous.inference import WHOLE, Inference
 from lightning_atrous.selection import Selected, select
 from lightning_atrous.task import SegmentationTask
 from lightning_atrous.types import ClassInfo
 
-__all__ = ["colourise", "overlay", "predict", "predict_files"]
+__all__ = ["add_inference_options", "colourise", "inference_of", "overlay", "predict", "predict_files"]
 
 WRITTEN = ("index", "colour", "overlay")
 """The folders in the output folder, one for each kind of picture."""
@@ -43,7 +44,9 @@ def predict(arguments: Sequence[str]) -> None:
     options = _parser().parse_args(list(arguments))
     output = Path(options.output).expanduser()
     try:
+        inference = inference_of(options)
         task = _task(options)
+        inference.check(task.model.output_stride)
         reader = _reader(task, options.reader)
         selection = select(options.images, reader.suffixes, leave_out=[output / kind for kind in WRITTEN])
         if output.exists() and not output.is_dir():
@@ -55,7 +58,13 @@ def predict(arguments: Sequence[str]) -> None:
         raise complaint from error
     started = time.monotonic()
     failures = _with_bar(
-        task, selection, output, reader=reader, precision=PRECISIONS[options.precision], alpha=options.alpha
+        task,
+        selection,
+        output,
+        reader=reader,
+        precision=PRECISIONS[options.precision],
+        inference=inference,
+        alpha=options.alpha,
     )
     done, n = len(selection) - len(failures), len(selection)
     seconds = time.monotonic() - started
@@ -74,6 +83,7 @@ def predict_files(
     *,
     reader: Reader,
     precision: torch.dtype = torch.float32,
+    inference: Inference = WHOLE,
     alpha: float = 0.5,
 ) -> Iterator[str | None]:
     """Predict file after file, and write what comes out.
@@ -87,6 +97,7 @@ def predict_files(
         output: The folder of the three folders.
         reader: How the files are read.
         precision: Of the network; its logits are raised and compared in float32 in any case.
+        inference: Whole by default, or in windows, at several scales, flipped too.
         alpha: The share of the colours in the overlay, in 0..1.
 
     Yields:
@@ -99,12 +110,12 @@ def predict_files(
         try:
             image = pending.result()
             with torch.autocast(task.device.type, precision, enabled=precision != torch.float32):
-                index = task.predict(image).cpu().numpy()
+                index = task.predict(image, inference=inference).cpu().numpy()
         except ValueError as error:
             yield str(error)
             continue
         except torch.OutOfMemoryError:
-            yield f"{selected.path} needs more memory than {task.device} has left; predict it with --device cpu"
+            yield f"{selected.path} needs more memory than {task.device} has left; give --window, or --device cpu"
             continue
         colour = colourise(index, task.classes)
         pictures = (
@@ -156,6 +167,7 @@ def _with_bar(
     *,
     reader: Reader,
     precision: torch.dtype,
+    inference: Inference,
     alpha: float,
 ) -> list[str]:
     """Predict all, with a bar on a terminal; the reasons of those that could not be."""
@@ -168,12 +180,48 @@ def _with_bar(
     failures = []
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("", total=len(selection))
-        results = predict_files(task, selection, output, reader=reader, precision=precision, alpha=alpha)
+        results = predict_files(
+            task, selection, output, reader=reader, precision=precision, inference=inference, alpha=alpha
+        )
         for i, (selected, failure) in enumerate(zip(selection, results, strict=True)):
             if failure is not None:
                 failures.append(failure)
             progress.update(bar, completed=i + 1, description=f"{i + 1}/{len(selection)}  {selected.name}")
     return failures
+
+
+def add_inference_options(parser: argparse.ArgumentParser) -> None:
+    """Add those from which `inference_of` makes its own."""
+    parser.add_argument(
+        "--window",
+        type=int,
+        nargs=2,
+        metavar=("H", "W"),
+        help="of windows that are blended where they overlap, for images that are too large; multiples of the output "
+        "stride; whole images by default",
+    )
+    parser.add_argument(
+        "--overlap", type=float, default=0.5, help="of windows, in 0..1 of their size; %(default)s by default"
+    )
+    parser.add_argument(
+        "--scales",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="S",
+        help="sizes of the image, in units of its own, over which probabilities are averaged; 1 by default",
+    )
+    parser.add_argument("--flip", action="store_true", help="average over the flipped image too")
+
+
+def inference_of(options: argparse.Namespace) -> Inference:
+    """What was asked for.
+
+    Raises:
+        ValueError: Options out of range.
+    """
+    window = options.window and (options.window[0], options.window[1])
+    return Inference(window=window, overlap=options.overlap, scales=tuple(options.scales), flip=options.flip)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision", choices=tuple(PRECISIONS), default="32", help="of the network; bf16 is faster on most machines"
     )
+    add_inference_options(parser)
     parser.add_argument(
         "--alpha", type=_share, default=0.5, help="share of the colours in the overlay, in 0..1; %(default)s by default"
     )

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
@@ -22,6 +22,7 @@ from lightning_atrous.checkpoint import SPEC_KEY, check_classes, read_checkpoint
 from lightning_atrous.complaints import Complaint, clarify
 from lightning_atrous.data import SegmentationData
 from lightning_atrous.heads import HEADS, DeepLabV3Plus, Head
+from lightning_atrous.image_scores import ImageScores
 from lightning_atrous.loggers import LOGGERS, AppendingCSVLogger, complete
 from lightning_atrous.losses import CrossEntropy, Loss
 from lightning_atrous.names import Slots, translate_arguments, translate_yaml
@@ -150,6 +151,13 @@ class TrainingCLI(LightningCLI):
             help="The backbone's output stride while it is scored, such as 8 for a training at 16; that of the "
             "training where not given.",
         )
+        if not parser.prog.endswith(" fit"):
+            parser.add_argument(
+                "--per_image",
+                type=Path | None,
+                default=None,
+                help="A .csv or .parquet file for the scores of every image.",
+            )
         parser.link_arguments("eval_output_stride", "model.eval_output_stride")
         parser.link_arguments("data.classes", "model.classes", apply_on="instantiate")
         parser.link_arguments("data.reader", "model.reader", apply_on="instantiate")
@@ -222,9 +230,7 @@ class TrainingCLI(LightningCLI):
         """The trainer with the run's checkpoints, progress, table and plugins."""
         self.config = self.resolved  # what is kept with a run does not name the run's own places
         config = self.config[self.subcommand].trainer
-        callbacks: list[Any] = [LoggedStep(), ScoreTable(), WandbRun(), FinalValidation(), FasterExecution()]
-        if config.enable_progress_bar is not False:
-            callbacks.append(RunProgress())
+        callbacks: list[Any] = [*self.reports(), LoggedStep(), WandbRun(), FinalValidation(), FasterExecution()]
         if config.enable_checkpointing is not False and not config.fast_dev_run:
             directory = self.run_dir / CHECKPOINTS
             callbacks += [
@@ -253,6 +259,14 @@ class TrainingCLI(LightningCLI):
                 )
             self.datamodule.share_of(trainer.world_size)
         return trainer
+
+    def reports(self) -> list[Callback]:
+        """What shows the run on the terminal, and image by image in a file."""
+        config = self.config[self.subcommand]
+        reports: list[Callback] = [ScoreTable()]
+        if self.subcommand != "fit":
+            reports.append(ImageScores(config.per_image))
+        return reports if config.trainer.enable_progress_bar is False else [*reports, RunProgress()]
 
 
 def _listed(plugins: Any) -> list[Any]:

@@ -79,6 +79,7 @@ WALLS = {
         "loggers",
         "plugins",
         "speed",
+        "comparison",
         "complaints",
         "training",
     },

@@ -91,7 +91,7 @@ def test_an_image_that_fits_into_the_window_is_taken_as_it_is() -> None:
 
 @torch.no_grad()
 def test_there_is_no_seam() -> None:
-    """Of a grey image, the logits of neighbours differ where windows are cut hard, and hardly where they are blended."""
+    """Of a grey image, neighbouring logits differ where windows are cut hard, and hardly where they are blended."""
     model, image = Context(), torch.full((1, 3, 384, 384), 128, dtype=torch.uint8)
 
     def largest_step(overlap: float) -> float:
