@@ -152,12 +152,14 @@ class ComparisonCLI(TrainingCLI):
 
     def _compare(self, run: Callable[..., None], arguments: dict[str, Any]) -> None:
         shown = len(self.settings) > 1 and self.trainer.is_global_zero
-        with Live(self._table(), console=self.console) if shown else contextlib.nullcontext() as live:
+        live = Live(self._table(), console=self.console, transient=True) if shown else None
+        with live or contextlib.nullcontext():
             for setting in self.settings:
                 self.rows.append(self._row(setting, run, arguments))
                 if live is not None:
                     live.update(self._table())
         if shown:
+            self.console.print(self._table())
             # of one stride all rows have one reason
             for reason in dict.fromkeys(row.refused for row in self.rows if row.refused):
                 self.console.print(f"- {reason}", markup=False, highlight=False, soft_wrap=True)

@@ -25,6 +25,7 @@ from lightning_atrous import ClassInfo, SegmentationTask, TimmBackbone, speed
 from lightning_atrous.data import SegmentationData
 from lightning_atrous.data.base import Split
 from lightning_atrous.heads import Head
+from lightning_atrous.image_scores import ImageScores
 from lightning_atrous.losses import CrossEntropy
 from lightning_atrous.transforms import Sample
 
@@ -113,7 +114,7 @@ def main() -> None:
     module = task(options.network, options.output_stride, options.method)
     speed.fastest = measured  # else what it finds would differ from run to run
     L.seed_everything(7, verbose=False)  # of the order
-    losses = Losses()
+    losses, images = Losses(), ImageScores()
     trainer = L.Trainer(
         accelerator="cpu",
         devices=options.devices,
@@ -121,7 +122,7 @@ def main() -> None:
         max_epochs=1,
         precision="64-true",
         accumulate_grad_batches=options.accumulate,
-        callbacks=[losses, speed.FasterExecution()],
+        callbacks=[losses, images, speed.FasterExecution()],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -130,11 +131,13 @@ def main() -> None:
         check_val_every_n_epoch=2,
     )
     trainer.validate(module, Data(options.batch_size), verbose=False)
-    confusion = module.confusion
+    confusion, val_loss = module.confusion, trainer.callback_metrics["val/loss"].item()
+    rows = [(row.name, row.valid_pixels) for row in images.rows]
     trainer.fit(module, Data(options.batch_size))
     if trainer.is_global_zero:
         weights = {name: value.detach() for name, value in module.named_parameters()}
-        torch.save({"confusion": confusion, "losses": losses.values, "weights": weights}, options.out)
+        scored = {"confusion": confusion, "val_loss": val_loss, "images": rows}
+        torch.save({**scored, "losses": losses.values, "weights": weights}, options.out)
     dilation = module.model.backbone.dilation
     preferred = {training: dilation.prefers(training) for training in dilation.alternatives}
     options.out.with_suffix(f".{trainer.global_rank}.json").write_text(json.dumps(preferred))

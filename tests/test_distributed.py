@@ -91,6 +91,20 @@ def test_the_matrix_is_the_same_on_one_two_and_three_processes(runs: dict) -> No
         assert torch.equal(runs[setting]["confusion"], one), setting
 
 
+def test_the_loss_and_the_images_are_the_same_on_one_two_and_three_processes(runs: dict) -> None:
+    """The loss is that of all images in one batch, though each has another number of valid pixels."""
+    task, data = ddp_worker.task().eval(), ddp_worker.Uneven(ddp_worker.VAL, 2)
+    image = torch.stack([data[i]["image"].as_subclass(Tensor) for i in range(len(data))])
+    target = torch.stack([data[i]["mask"].as_subclass(Tensor) for i in range(len(data))]).long()
+    logits = F.interpolate(task.model.logits(image), target.shape[-2:], mode="bilinear", align_corners=False)
+    weight = torch.tensor(ddp_worker.CLASS_WEIGHTS, dtype=torch.float64)
+    expected = F.cross_entropy(logits, target, weight=weight, ignore_index=255).item()
+    images = [(str(i), min(ddp_worker.SIZE, i**2) * ddp_worker.SIZE) for i in range(ddp_worker.VAL)]
+    for setting in ((1, 8, 1), (2, 8, 1), (3, 6, 1)):
+        assert runs[setting]["val_loss"] == pytest.approx(expected, rel=1e-6), setting
+        assert runs[setting]["images"] == images, setting
+
+
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_losses_and_gradients_are_those_of_the_global_batch(devices: int, accumulate: int, runs: dict) -> None:

@@ -151,6 +151,33 @@ MISTYPED = {
     ),
     "learning rate": ((*FIT, "--model.optimizer.lr", "-1"), "model.optimizer: Invalid learning rate: -1.0; correct"),
     "strategy": ((*FIT, "--trainer.strategy", "ddpp"), "Lightning has no strategy 'ddpp'; give auto, ddp"),
+    "windows": (
+        (*FIT, "--model.inference.window", "[40, 32]"),
+        "windows of 40×32 pixels do not lie on the grid of output stride 16; give multiples of 16, such as 32 32",
+    ),
+    "overlap": ((*FIT, "--model.inference.overlap", "1"), "the overlap of windows is in 0..1 and less than 1, got 1"),
+    "scales": (
+        ("evaluate", "good.ckpt", "--scales", "1", "0"),
+        "scales are positive, and at least one, got (1.0, 0.0)",
+    ),
+    "nothing to evaluate": (("evaluate", "no.ckpt", "--grid"), "there is no checkpoint at no.ckpt"),
+    "checkpoint behind options": (("evaluate", "--grid", "good.ckpt"), "the checkpoint comes first, got --grid"),
+    "stride of one evaluation": (
+        ("evaluate", "good.ckpt", "--config", "data.yaml", "--output_stride", "12"),
+        "no output stride 12; choose one of",
+    ),
+    "images of a grid": (
+        ("evaluate", "good.ckpt", "--grid", "--per_image", "a.csv"),
+        "--per_image is of one evaluation, not of several",
+    ),
+    "table of images": (
+        ("validate", "--config", "data.yaml", "--ckpt_path", "good.ckpt", "--per_image", "a.txt"),
+        "a table of images is a .csv or a .parquet file, got a.txt",
+    ),
+    "windows to predict": (
+        ("predict", "good.ckpt", "good", "--window", "40", "32"),
+        "do not lie on the grid of output",
+    ),
     "list what": (("list", "haeds"), "invalid choice"),
     "list nothing": (("list",), "required"),
 }
