@@ -99,7 +99,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     if len(settings) > 1 and any(other.partition("=")[0] == "--per_image" for other in others):
         raise Complaint("--per_image is of one evaluation, not of several; leave out --grid", exit_code=2)
     checkpoint = Path(options.checkpoint)
-    rows = ComparisonCLI(
+    run = ComparisonCLI(
         [
             {"val": "validate", "test": "test"}[options.split],
             *_data_of_run(checkpoint, others),
@@ -109,11 +109,11 @@ def evaluate(arguments: Sequence[str]) -> None:
             str(checkpoint),
         ],
         settings,
-    ).rows
-    if not any(row.scores for row in rows):
-        raise Complaint(rows[0].refused, exit_code=2)
-    if options.json:
-        found = {"checkpoint": str(checkpoint), "split": options.split, "rows": [_plain(row) for row in rows]}
+    )
+    if not any(row.scores for row in run.rows):
+        raise Complaint(run.rows[0].refused, exit_code=2)
+    if options.json and run.trainer.is_global_zero:
+        found = {"checkpoint": str(checkpoint), "split": options.split, "rows": [_plain(row) for row in run.rows]}
         with whole_file(options.json) as file:
             file.write(json.dumps(found, indent=1).encode() + b"\n")
 
