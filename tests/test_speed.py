@@ -15,6 +15,7 @@ from lightning_atrous.data import Shapes
 from lightning_atrous.dilation import Dilation, Execution, set_output_stride
 from lightning_atrous.dilation.timing import fastest, seconds
 from lightning_atrous.heads import FCN
+from lightning_atrous.inference import Inference
 
 Asked = list[tuple[bool, tuple[int, ...], torch.dtype]]
 
@@ -119,3 +120,10 @@ def test_the_faster_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         times = {"dilated": [1.0], "split": [1.0], slower: [1.1]}
         monkeypatch.setattr("lightning_atrous.dilation.timing.seconds", lambda *_, times=times, **__: times)
         assert fastest(dilation, torch.zeros(1, 3, 8, 8), training=False) == expected
+
+
+def test_an_evaluation_in_windows_measures_on_one(asked: Asked, tmp_path: Path) -> None:
+    model = task()
+    model.evaluation.inference = Inference(window=(32, 64))
+    trainer(tmp_path).validate(model, shapes(), verbose=False)
+    assert [(training, size) for training, size, _ in asked] == [(False, (2, 3, 32, 64))]
