@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -101,15 +102,26 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
+class _Start(NamedTuple):
+    """Where the order of the images begins."""
+
+    seed: int
+    epoch: int = 0
+    batches: int = 0
+
+
 class _EpochOrder(DistributedSampler):
     """One order for all ranks, in whole batches, by seed and epoch; keys are ``(epoch, index)``.
 
-    Lightning calls `set_epoch`, so a run that is resumed goes on with the order it would have had.
+    Lightning calls `set_epoch`, so a run that is resumed goes on with the order it would have had. Within the epoch it
+    is resumed in, the order begins behind the batches that are done: what is left is the same for any number of
+    workers and devices, and nothing is read to get there.
     """
 
-    def __init__(self, dataset: Dataset[Sample], batch_size: int, ranks: int, rank: int, *, seed: int) -> None:
-        super().__init__(dataset, ranks, rank, shuffle=True, seed=seed)
+    def __init__(self, dataset: Dataset[Sample], batch_size: int, ranks: int, rank: int, start: _Start) -> None:
+        super().__init__(dataset, ranks, rank, shuffle=True, seed=start.seed)
         length = len(cast(Any, dataset))
+        self.epoch, self.start, self.done = start.epoch, start, start.batches * batch_size
         # the only batch there is may be short; images are then repeated until every rank has as many
         self.total_size = length // batch_size * batch_size or math.ceil(length / ranks) * ranks
         self.num_samples = self.total_size // ranks
@@ -118,7 +130,8 @@ class _EpochOrder(DistributedSampler):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(cast(Any, self.dataset)), generator=generator).tolist()
         order = (order * math.ceil(self.total_size / len(order)))[: self.total_size]
-        return ((self.epoch, index) for index in order[self.rank :: self.num_replicas])
+        done = self.done if self.epoch == self.start.epoch else 0
+        return ((self.epoch, index) for index in order[done + self.rank :: self.num_replicas])
 
 
 class _Augmented(Dataset[Sample]):
@@ -138,6 +151,29 @@ class _Augmented(Dataset[Sample]):
             return sample
         seed = np.random.SeedSequence(self.seed, spawn_key=(epoch, index)).generate_state(1, np.uint64)[0]
         return self.augment(sample, torch.Generator().manual_seed(int(seed)), ignore_index=self.ignore_index)
+
+
+class _TrainLoader(DataLoader):
+    """A loader whose sampler knows where an epoch is resumed.
+
+    Lightning warns of loaders without these methods in the middle of an epoch. It does not call the second where a
+    schedule has asked for the length of the run, for the order is begun by then; `SegmentationData.resume_at` comes
+    before.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: the number of batches done is Lightning's to count, for a loader has read some ahead."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+def _ignore_signals(worker: int) -> None:
+    """What ends a run is sent to all its processes: the first one finishes its step, for which it needs the others."""
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class SegmentationData(LightningDataModule, ABC):
@@ -185,6 +221,8 @@ class SegmentationData(LightningDataModule, ABC):
         self.augment = augment
         self.reader = reader
         self._datasets: dict[Split, Dataset[Sample]] = {}
+        self._resumed: _Start | None = None
+        self._seed = 0
 
     @abstractmethod
     def build(self, split: Split) -> Dataset[Sample]:
@@ -205,16 +243,35 @@ class SegmentationData(LightningDataModule, ABC):
         }
         for split in stages.get(stage, ()):
             self.dataset(split)
+        self._resumed = None  # of another training than this
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled, augmented batches; without a trainer, call ``sampler.set_epoch`` before each epoch."""
         seed = torch.initial_seed() % 2**32
         if self.trainer is not None:
             seed = self.trainer.strategy.broadcast(seed)  # ranks that were not seeded share the order too
+        start = self._resumed or _Start(seed)
+        self._seed = start.seed
         ranks, rank = self._ranks()
         share = self.share_of(ranks)
-        dataset = _Augmented(self.dataset("train"), self.augment, seed=seed, ignore_index=self.classes.ignore_index)
-        return self._loader(dataset, _EpochOrder(dataset, self.batch_size, ranks, rank, seed=seed), share)
+        dataset = _Augmented(
+            self.dataset("train"), self.augment, seed=start.seed, ignore_index=self.classes.ignore_index
+        )
+        return self._loader(dataset, _EpochOrder(dataset, self.batch_size, ranks, rank, start), share, _TrainLoader)
+
+    def resume_at(self, *, seed: int, epoch: int, batches: int) -> None:
+        """Begin the order of this training within an epoch; call it after `setup` and before `train_dataloader`.
+
+        Args:
+            seed: Of order and augmentation, from `order`.
+            epoch: Counted from 0.
+            batches: Of ``batch_size`` images that are done in it.
+        """
+        self._resumed = _Start(seed, epoch, batches)
+
+    def order(self) -> dict[str, int]:
+        """What the order of the training images depends on: ``seed``, and their number, ``length``."""
+        return {"seed": self._seed, "length": len(cast(Any, self.dataset("train")))}
 
     def val_dataloader(self) -> DataLoader:
         """Whole images of the validation split."""
@@ -255,8 +312,14 @@ class SegmentationData(LightningDataModule, ABC):
         """How many processes share the data, and which one this is."""
         return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
-    def _loader(self, dataset: Dataset[Sample], sampler: Sampler[Any], batch_size: int) -> DataLoader:
-        return DataLoader(
+    def _loader(
+        self,
+        dataset: Dataset[Sample],
+        sampler: Sampler[Any],
+        batch_size: int,
+        loader: type[DataLoader] = DataLoader,
+    ) -> DataLoader:
+        return loader(
             dataset,
             batch_size,
             sampler=sampler,
@@ -264,4 +327,7 @@ class SegmentationData(LightningDataModule, ABC):
             collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=_ignore_signals,
+            # of its own: else every epoch and every validation would draw a seed from what dropout draws from
+            generator=torch.Generator().manual_seed((torch.initial_seed() + self._ranks()[1]) % 2**32),
         )
