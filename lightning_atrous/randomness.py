@@ -26,7 +26,7 @@ def random_state(device: torch.device | None = None) -> dict[str, Any]:
         True
     """
     version, words, gauss = random.getstate()
-    _, keys, *rest = np.random.get_state(legacy=True)
+    _, keys, *rest = np.random.get_state(legacy=True)  # noqa: NPY002 - it is this global one that others use
     state = {
         "python": torch.tensor(words),
         "python_rest": [version, gauss],
@@ -48,7 +48,7 @@ def set_random_state(state: dict[str, Any], device: torch.device | None = None) 
     """
     version, gauss = state["python_rest"]
     random.setstate((version, tuple(state["python"].tolist()), gauss))
-    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), *state["numpy_rest"]))
+    np.random.set_state(("MT19937", state["numpy"].numpy().astype(np.uint32), *state["numpy_rest"]))  # noqa: NPY002
     torch.set_rng_state(state["torch"])
     if device is not None and device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -40,14 +40,12 @@ class ExactResume(Callback):
         self._restored: dict[str, Any] | None = None
         self._mid_epoch = False
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Know it, before a checkpoint is saved on the same occasion."""
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know it, before checkpoints are saved at the end of the validation."""
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._validated_at = trainer.fit_loop.epoch_loop.batch_progress.total.processed
+            self._validated_at = _loops(trainer).epoch_loop.batch_progress.total.processed
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add place and generators; called on every process."""
         states = [random_state(trainer.strategy.root_device)]
         if trainer.world_size > 1:
@@ -60,7 +58,7 @@ class ExactResume(Callback):
 
     def _place(self, trainer: L.Trainer, data: SegmentationData) -> dict[str, Any]:
         """After which batch, as of the optimiser's last step."""
-        epochs, batches = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress
+        epochs, batches = _loops(trainer).epoch_progress.current, _loops(trainer).epoch_loop.batch_progress
         done, total = batches.current.processed, batches.total.processed
         whole = done >= trainer.num_training_batches
         # a run that ends within an epoch counts it as processed
@@ -75,9 +73,7 @@ class ExactResume(Callback):
         place = {"epoch": epoch, "images": done * data.batch_size, "batch_size": data.batch_size, "total": total}
         return place | {"whole": whole, "validated": validated, **data.order()}
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go to the place, before the order of the images is made."""
         if trainer.state.fn != "fit" or KEY not in checkpoint:
             return
@@ -101,7 +97,7 @@ class ExactResume(Callback):
         loops = checkpoint["loops"]
         loops["fit_loop"] = _progress(loops["fit_loop"], state, batches, step=checkpoint["global_step"])
         # Lightning asks the order for its first batches before it restores the loops
-        trainer.fit_loop.epoch_progress.current.processed = state["epoch"]
+        _loops(trainer).epoch_progress.current.processed = state["epoch"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the generators, after all that draws from them while a run is set up."""
@@ -110,12 +106,17 @@ class ExactResume(Callback):
             return
         if self._mid_epoch:
             # Lightning leaves it out here, with all that is made ready for the epoch in it
-            for callback in trainer.callbacks:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 callback.on_train_epoch_start(trainer, pl_module)
             pl_module.on_train_epoch_start()
             self._mid_epoch = False
         if len(state["random"]) == trainer.world_size:
             set_random_state(state["random"][trainer.global_rank], trainer.strategy.root_device)
+
+
+def _loops(trainer: L.Trainer) -> Any:
+    """Whose counters Lightning declares with fewer fields than they have."""
+    return trainer.fit_loop
 
 
 def _progress(loops: dict[str, Any], state: dict[str, Any], batches: int, *, step: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry", "files", "arrays", "signatures"},
+    {"types", "registry", "files", "arrays", "signatures", "randomness"},
     {
         "layers",
         "dilation.ops",
@@ -53,7 +53,7 @@ LAYERS = [
     },
     {"model", "checkpoint"},
     {"task", "testing.contract"},
-    {"callbacks", "loggers", "plugins", "speed", "interop.base"},
+    {"callbacks", "loggers", "plugins", "preemption", "resume", "speed", "interop.base"},
     {"interop.torchvision", "interop.smp", "interop.mmseg"},
     {"training", "prediction", "support", "listing", "interop.command"},
     {"cli"},
@@ -74,6 +74,8 @@ WALLS = {
         "callbacks",
         "loggers",
         "plugins",
+        "preemption",
+        "resume",
         "speed",
         "complaints",
         "training",
