@@ -85,7 +85,7 @@ class Preemption(Callback):
         self._validated_batches, self._common_batches = 0, 0
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step != trainer.max_steps:
             # no process may wait for the answer of one that is done
-            self._common_batches = -self._greatest(-int(sum(trainer.num_val_batches)))
+            self._common_batches = -self._greatest(-int(min(sum(trainer.num_val_batches), sys.maxsize)))
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0

@@ -100,18 +100,20 @@ class ExactResume(Callback):
         _loops(trainer).epoch_progress.current.processed = state["epoch"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Set the generators, after all that draws from them while a run is set up."""
+        """Set the generators, after what draws from them while a run is set up."""
         state, self._restored = self._restored, None
-        if state is None:
-            return
+        if state is not None and len(state["random"]) == trainer.world_size:
+            set_random_state(state["random"][trainer.global_rank], trainer.strategy.root_device)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin the epoch that Lightning goes on in the middle of, with all that others make ready for it."""
         if self._mid_epoch:
-            # Lightning leaves it out here, with all that is made ready for the epoch in it
+            self._mid_epoch = False
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 callback.on_train_epoch_start(trainer, pl_module)
             pl_module.on_train_epoch_start()
-            self._mid_epoch = False
-        if len(state["random"]) == trainer.world_size:
-            set_random_state(state["random"][trainer.global_rank], trainer.strategy.root_device)
 
 
 def _loops(trainer: L.Trainer) -> Any:

@@ -98,7 +98,7 @@ def fit(folder: Path, *, ckpt: Path | None = None, save: Collection[str] = (), s
         accelerator="cpu",
         logger=False,
         default_root_dir=folder,
-        callbacks=[record, LoggedStep(), FinalValidation(), ExactResume(), *callbacks],
+        callbacks=[*callbacks, record, LoggedStep(), FinalValidation(), ExactResume()],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
