@@ -122,10 +122,10 @@ def _loops(trainer: L.Trainer) -> Any:
 
 
 def _progress(loops: dict[str, Any], state: dict[str, Any], batches: int, *, step: int) -> dict[str, Any]:
-    """Lightning's counters for a place, of which it then makes the same on every occasion of saving.
+    """Lightning's counters for a place, the same whichever hook saved the checkpoint.
 
-    Left as they were saved they differ by the hook that saved them, and it goes on by guesses from that: it leaves out
-    a validation that was due, counts an epoch that was cut short as done, and logs under a step too few or too many.
+    Left as they were saved they differ by that hook, and Lightning goes on by guesses from them: it leaves out a
+    validation that was due, counts an epoch that was cut short as done, and logs under a step too few or too many.
 
     Args:
         loops: The checkpoint's state of the fit loop.

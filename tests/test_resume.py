@@ -148,8 +148,9 @@ def test_from_any_checkpoint(run: str, every: bool, tmp_path: Path) -> None:
         step = torch.load(path, weights_only=True)["global_step"]
         within = done % 5 % options.get("accumulate_grad_batches", 1)
         over = step == options.get("max_steps") and occasion in ("after", "validating")
-        if every and (within or over or (occasion == "validating" and "average" in options)):
-            continue  # no whole steps; nothing left to do; weights that are not those of the training
+        averaged = "average" in options and (occasion == "validating" or name == "10-epoch")
+        if every and (within or over or averaged):
+            continue  # no whole steps; nothing left to do; weights that are, or were about to be, the averaged ones
         # another seed: neither it nor what was drawn since may matter
         resumed, again, other = fit(tmp_path, ckpt=path, seed=99, **options)
         due = step if occasion in ("after", "validating") else step + 1
