@@ -52,7 +52,7 @@ class ExactResume(Callback):
             states *= trainer.world_size
             dist.all_gather_object(states, states[trainer.global_rank])
         checkpoint[KEY] = {"random": states}
-        data = getattr(trainer, "datamodule", None)
+        data = trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, SegmentationData):
             checkpoint[KEY] |= self._place(trainer, data)
 
@@ -79,7 +79,7 @@ class ExactResume(Callback):
             return
         state = checkpoint[KEY]
         self._restored = state
-        data = getattr(trainer, "datamodule", None)
+        data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, SegmentationData) or "images" not in state:
             return
         batches = state["images"] // data.batch_size
@@ -96,8 +96,10 @@ class ExactResume(Callback):
         self._validated_at = state["total"] if state["validated"] else -1
         loops = checkpoint["loops"]
         loops["fit_loop"] = _progress(loops["fit_loop"], state, batches, step=checkpoint["global_step"])
-        # Lightning asks the order for its first batches before it restores the loops
+        # Lightning asks the order for its first batches before it restores the loops, and with sharded weights before
+        # it calls this: then the loader is made anew
         _loops(trainer).epoch_progress.current.processed = state["epoch"]
+        _loops(trainer)._combined_loader = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Set the generators, after what draws from them while a run is set up."""
@@ -105,12 +107,15 @@ class ExactResume(Callback):
         if state is not None and len(state["random"]) == trainer.world_size:
             set_random_state(state["random"][trainer.global_rank], trainer.strategy.root_device)
 
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Know that nothing is left to begin."""
+        self._mid_epoch = False
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Begin the epoch that Lightning goes on in the middle of, with all that others make ready for it."""
         if self._mid_epoch:
-            self._mid_epoch = False
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 callback.on_train_epoch_start(trainer, pl_module)
             pl_module.on_train_epoch_start()

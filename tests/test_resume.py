@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from lightning_atrous import SegmentationTask, TimmBackbone
 from lightning_atrous.callbacks import FinalValidation, LoggedStep
@@ -95,7 +96,6 @@ def fit(folder: Path, *, ckpt: Path | None = None, save: Collection[str] = (), s
     )
     record = Record(folder, save)
     trainer = L.Trainer(
-        accelerator="cpu",
         logger=False,
         default_root_dir=folder,
         callbacks=[*callbacks, record, LoggedStep(), FinalValidation(), ExactResume()],
@@ -103,7 +103,7 @@ def fit(folder: Path, *, ckpt: Path | None = None, save: Collection[str] = (), s
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        **{"max_epochs": 2, **options},
+        **{"max_epochs": 2, "accelerator": "cpu", **options},
     )
     trainer.fit(task, data, ckpt_path=ckpt)
     return record, task, trainer
@@ -167,6 +167,20 @@ def test_a_checkpoint_between_the_batches_of_one_step_goes_on_from_the_last_step
     resumed, _, trainer = fit(tmp_path, ckpt=tmp_path / "3-validated.ckpt", **options)
     assert [step for step, _, _ in resumed.losses] == [step for step, _, _ in whole.losses[2:]]
     assert trainer.fit_loop.epoch_loop.batch_progress.total.processed == 10
+
+
+class Late(SingleDeviceStrategy):
+    """Restores when the loaders are made already, as Lightning's strategies with sharded weights do."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+
+def test_a_strategy_that_restores_late(tmp_path: Path) -> None:
+    whole, _, _ = fit(tmp_path, save=["7-after"])
+    resumed, _, _ = fit(tmp_path, ckpt=tmp_path / "7-after.ckpt", seed=99, strategy=Late("cpu"), accelerator="auto")
+    assert resumed.losses == whole.losses[7:]
 
 
 class Seen(Callback):
