@@ -18,7 +18,11 @@ ROOT = Path(__file__).parent.parent
 collect_ignore = ["mmseg_original.py"]
 """Run by another Python, in which mmsegmentation is installed."""
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several beside each other, and what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(2)
 
 # Lightning calls what newer releases of jsonargparse have renamed
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
