@@ -24,7 +24,7 @@ LAYERS = [
         "images",
         "selection",
     },
-    {"dilation.proof", "dilation.rewrite", "dilation.phases", "switches"},
+    {"dilation.proof", "dilation.rewrite", "dilation.phases", "switches", "argmax"},
     {"dilation.probe", "dilation.layout", "dilation.statistics"},
     {"dilation.blocks", "dilation.forms"},
     {"dilation.network"},
