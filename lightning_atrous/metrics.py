@@ -197,8 +197,8 @@ def _count(predicted: Tensor, mask: Tensor, classes: ClassInfo) -> Tensor:
         _check_values(mask, "target", classes)
         _check_values(predicted, "prediction", classes)
         return _count(predicted, mask.masked_fill_(ignored, k), dataclasses.replace(classes, ignore_index=k))
-    pairs = _from(low, mask).to(torch.int16 if height * width <= 2**15 else torch.int32) * width
-    pairs += _from(left, predicted)
+    dtype = torch.int16 if height * width <= 2**15 else torch.int32
+    pairs = (_from(low, mask).to(dtype) * width).add_(_from(left, predicted).to(dtype))
     table = torch.bincount(pairs.flatten(), minlength=height * width).view(height, width)
     if low <= ignore_index <= high:
         table[ignore_index - low] = 0

@@ -210,6 +210,14 @@ def test_runs_with_deterministic_algorithms() -> None:
     assert confusion.sum() == (target != 255).sum()
 
 
+def test_a_compiled_evaluation_may_count() -> None:
+    _, target = random_pair(3, (2, 8, 8))
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    classes = class_info(3)
+    compiled = torch.compile(lambda x: confusion_matrix(x + 1, target, classes), backend="eager")
+    assert torch.equal(compiled(logits), confusion_matrix(logits + 1, target, classes))
+
+
 MAP = torch.zeros(1, 4, 4, dtype=torch.int64)
 
 
