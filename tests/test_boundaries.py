@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.ndimage import binary_erosion, distance_transform_cdt
 from torch import Tensor
 
@@ -65,6 +68,19 @@ def test_boundary_iou_equals_that_of_erosions(k: int, fraction: float, shape: tu
     score.update(prediction, target)
     expected = expected_boundary_iou(prediction, target, k, fraction).float()
     torch.testing.assert_close(score.compute().boundary_iou.reshape(k), expected, equal_nan=True)
+
+
+@pytest.mark.skipif("CITYSCAPES_SAMPLE" not in os.environ, reason="CITYSCAPES_SAMPLE names no folder of Cityscapes")
+def test_boundary_iou_of_streets_equals_that_of_erosions() -> None:
+    found = sorted(Path(os.environ["CITYSCAPES_SAMPLE"]).rglob("*_labelTrainIds.png"))
+    assert found, "no *_labelTrainIds.png in CITYSCAPES_SAMPLE"
+    with Image.open(found[0]) as picture:
+        target = torch.from_numpy(np.array(picture)).long()[None]
+    prediction = disturbed(target, 19, seed=0)
+    score = BoundaryScore(class_info(19))
+    score.update(prediction, target)
+    expected = expected_boundary_iou(prediction, target, 19, 0.02).float()
+    torch.testing.assert_close(score.compute().boundary_iou, expected, equal_nan=True)
 
 
 def distances(target: np.ndarray, *, ignored_boundaries: bool) -> np.ndarray:
