@@ -16,6 +16,8 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from lightning_atrous import colours
+
 __all__ = ["Augment", "Sample", "distort", "window"]
 
 GREY = 124
@@ -121,26 +123,30 @@ def distort(image: Tensor, p: float, generator: torch.Generator | None = None) -
     """Brightness, contrast, saturation and hue, each changed with probability ``p``.
 
     The ranges are those of torchvision's ``RandomPhotometricDistort`` (after SSD, Liu et al. 2016), without
-    the permutation of channels: a green sky teaches nothing. Other numbers of channels than three are no colours:
-    brightness and contrast alone are changed, the contrast of each channel about its own mean.
+    the permutation of channels: a green sky teaches nothing. Bytes are rounded once, at the end; torchvision
+    cuts them down to whole levels after each change, so that its images are about one level of 255 darker. Other
+    numbers of channels than three are no colours: brightness and contrast alone are changed, the contrast of each
+    channel about its own mean.
 
     Args:
         image: ``(C, H, W)``, uint8 or floating in 0..1.
         p: In 0..1.
         generator: Torch's global one by default.
     """
-    steps = (
-        (F.adjust_brightness_image, 0.875, 1.125),
-        (F.adjust_contrast_image, 0.5, 1.5),
-        (F.adjust_saturation_image, 0.5, 1.5),
-        (F.adjust_hue_image, -0.05, 0.05),
-    )
-    colour = image.shape[0] == 3
-    image = image if colour else image[:, None]  # a batch of grey images
-    for adjust, low, high in steps if colour else steps[:2]:
-        if _uniform(0, 1, generator) < p:
-            image = adjust(image, _uniform(low, high, generator))
-    return image if colour else image[:, 0]
+    ranges = (
+        (colours.brightness, (0.875, 1.125)),
+        (colours.contrast, (0.5, 1.5)),
+        (colours.saturation, (0.5, 1.5)),
+        (colours.hue, (-0.05, 0.05)),
+    )[: 4 if image.shape[0] == 3 else 2]
+    drawn = [(change, _uniform(*ends, generator)) for change, ends in ranges if _uniform(0, 1, generator) < p]
+    if not drawn:
+        return image
+    # channels apart, however they come out of a file: the sums over them are faster so
+    x = (image if image.is_floating_point() else image.float().div_(255)).contiguous()
+    for change, amount in drawn:
+        x = change(x, amount)
+    return x if image.is_floating_point() else x.mul_(255).round_().to(image.dtype)
 
 
 def _uniform(low: float, high: float, generator: torch.Generator | None) -> float:
