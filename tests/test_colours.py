@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import colorsys
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from lightning_atrous.colours import brightness, contrast, hue, saturation
+from lightning_atrous.images import RGB
 from lightning_atrous.transforms import distort
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -131,3 +134,18 @@ def test_the_distribution_is_torchvisions() -> None:
     for channel in range(3):
         ours, theirs_ = (torch.histc(x[:, channel], 16, 0, 256) / x[:, channel].numel() for x in drawn.values())
         assert float((ours - theirs_).abs().sum() / 2) < 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CAMVID_ROOT" not in os.environ, reason="CAMVID_ROOT names no folder with the real CamVid")
+def test_photographs_are_changed_as_torchvision_does() -> None:
+    """About one level lighter than its changes of bytes, six at the most; half a level from those of floats."""
+    lighter = []
+    for seed, path in enumerate(sorted(Path(os.environ["CAMVID_ROOT"], "train").glob("*.png"))[::12]):
+        image = RGB(path).as_subclass(Tensor)
+        result = distort(image, 1, torch.Generator().manual_seed(seed)).int()
+        assert float((result - chain(image.double() / 255, 1, seed) * 255).abs().max()) < 0.501
+        difference = result - chain(image, 1, seed).int()
+        assert int(difference.abs().max()) <= 6
+        lighter.append(float(difference.float().mean()))
+    assert sum(lighter) / len(lighter) == pytest.approx(1.3, abs=0.3)

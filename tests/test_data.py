@@ -296,14 +296,14 @@ def test_yaml_gives_a_data_module(source: str, folder: Path, camvid: Path) -> No
     options |= {
         "batch_size": 2,
         "num_workers": 0,
-        "augment": {"crop": [16, 24], "scale": [0.75, 1.5], "flip": 0},
+        "augment": {"crop": [16, 24], "scale": [0.75, 1.5], "flip": 0, "max_share": 0.9},
     }
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=SegmentationData)
     config = parser.parse_object({"data": {"class_path": f"lightning_atrous.data.{source}", "init_args": options}})
     assert parser.parse_string(parser.dump(config)) == config
     data = parser.instantiate(config).data
-    assert data.augment == Augment((16, 24), (0.75, 1.5), flip=0)
+    assert data.augment == Augment((16, 24), (0.75, 1.5), flip=0, max_share=0.9)
     data.setup("fit")
     assert next(iter(data.train_dataloader()))["image"].shape == (2, 3, 16, 24)
     with pytest.raises(Exception, match="batch_size"):
