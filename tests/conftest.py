@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import make_camvid, make_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -73,6 +74,18 @@ def command(workdir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Sub-folders: five training images in two folders, two for validation; three classes."""
+    return make_folder(tmp_path / "folder")
+
+
+@pytest.fixture
+def camvid(tmp_path: Path) -> Path:
+    """CamVid in the official layout, small."""
+    return make_camvid(tmp_path / "camvid")
 
 
 @contextlib.contextmanager
