@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry", "files", "arrays", "signatures", "randomness"},
+    {"types", "registry", "files", "arrays", "signatures", "randomness", "colours"},
     {
         "layers",
         "dilation.ops",
@@ -24,7 +24,7 @@ LAYERS = [
         "images",
         "selection",
     },
-    {"dilation.proof", "dilation.rewrite", "dilation.phases", "switches"},
+    {"dilation.proof", "dilation.rewrite", "dilation.phases", "switches", "argmax"},
     {"dilation.probe", "dilation.layout", "dilation.statistics"},
     {"dilation.blocks", "dilation.forms"},
     {"dilation.network"},
@@ -33,7 +33,7 @@ LAYERS = [
     {"losses.pixel_mean", "losses.raised"},
     {"losses.cross_entropy", "losses.ohem", "losses.smp", "losses.weighted"},
     {"backbone", "context", "metrics", "optim", "complaints", "data.base"},
-    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base", "testing.cases"},
+    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base", "testing.cases", "boundaries"},
     {"heads.smp_base"},
     {
         "heads.fcn",
@@ -63,7 +63,7 @@ LAYERS = [
 
 WALLS = {
     "timm": {"backbone"},
-    "torchmetrics": {"metrics"},
+    "torchmetrics": {"metrics", "boundaries"},
     "lightning": {
         "data.base",
         "data.shapes",

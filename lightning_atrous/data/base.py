@@ -6,6 +6,7 @@ import math
 import signal
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler, default_collate
 from torchvision import tv_tensors
 
 from lightning_atrous.data.labels import LabelTable
@@ -73,18 +74,39 @@ class FileDataset(Dataset[Sample]):
     def __getitem__(self, index: int) -> Sample:
         """Read, check, map labels to classes."""
         pair = self.pairs[index]
-        image, labels = self.reader(pair.image), read_mask(pair.mask)
-        if labels.shape != image.shape[1:]:
+        mask = self._mask(pair)
+        return Sample(image=self._image(pair, tuple(mask.shape)), mask=mask, name=pair.name)
+
+    def augmented(self, index: int, augment: Augment, generator: torch.Generator) -> Sample:
+        """What `augment` makes of a sample, in less time: of the image no more is read than its crop needs."""
+        pair = self.pairs[index]
+        mask = self._mask(pair)
+        read = partial(self._image, pair, tuple(mask.shape))
+        ignore = self.classes.ignore_index
+        return augment.reading(mask, read, name=pair.name, generator=generator, ignore_index=ignore)
+
+    def _mask(self, pair: FilePair) -> tv_tensors.Mask:
+        mask = self.table(read_mask(pair.mask), f"mask {pair.mask}")
+        return tv_tensors.Mask(torch.from_numpy(mask))
+
+    def _image(
+        self, pair: FilePair, size: tuple[int, int], rows: slice = slice(None), columns: slice = slice(None)
+    ) -> tv_tensors.Image:
+        """A part of an image, by default all of it, if it is as large as its mask."""
+        image, (height, width) = self.reader.window(pair.image, rows, columns)
+        if size != (height, width):
             raise ValueError(
-                f"mask {pair.mask} is {labels.shape[1]}×{labels.shape[0]} pixels but its image is "
-                f"{image.shape[2]}×{image.shape[1]}; make them the same size"
+                f"mask {pair.mask} is {size[1]}×{size[0]} pixels but its image is {width}×{height}; "
+                "make them the same size"
             )
-        mask = self.table(labels, f"mask {pair.mask}")
-        return Sample(image=image, mask=tv_tensors.Mask(torch.from_numpy(mask)), name=pair.name)
+        return image
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Samples → ``{"image": uint8 or float32 (B, C, H, W), "mask": int64 (B, H, W), "name": [B names]}``.
+    """Samples → ``{"image": uint8 or float32 (B, C, H, W), "mask": integer (B, H, W), "name": [B names]}``.
+
+    The mask keeps the type of the samples' masks, an eighth of the bytes in uint8, until it is on the device. In a
+    worker process the batch is built where the main one reads it.
 
     Raises:
         ValueError: Images of different sizes.
@@ -96,8 +118,8 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
             "set augment.crop for training, eval_batch_size: 1 for evaluation"
         )
     return {
-        "image": torch.stack([sample["image"].as_subclass(torch.Tensor) for sample in samples]).contiguous(),
-        "mask": torch.stack([sample["mask"].as_subclass(torch.Tensor) for sample in samples]).long(),
+        "image": default_collate([sample["image"].as_subclass(torch.Tensor) for sample in samples]).contiguous(),
+        "mask": default_collate([sample["mask"].as_subclass(torch.Tensor) for sample in samples]),
         "name": [sample["name"] for sample in samples],
     }
 
@@ -146,11 +168,13 @@ class _Augmented(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int] | int) -> Sample:
         # a plain index comes from a sampler that Lightning put in place of ours (`overfit_batches`)
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        sample = self.dataset[index]
         if self.augment is None:
-            return sample
+            return self.dataset[index]
         seed = np.random.SeedSequence(self.seed, spawn_key=(epoch, index)).generate_state(1, np.uint64)[0]
-        return self.augment(sample, torch.Generator().manual_seed(int(seed)), ignore_index=self.ignore_index)
+        generator = torch.Generator().manual_seed(int(seed))
+        if type(self.dataset) is FileDataset:  # no subclass, whose `__getitem__` may do more
+            return self.dataset.augmented(index, self.augment, generator)
+        return self.augment(self.dataset[index], generator, ignore_index=self.ignore_index)
 
 
 class _TrainLoader(DataLoader):
@@ -180,7 +204,8 @@ class SegmentationData(LightningDataModule, ABC):
     """Batches for training and evaluation; a source of data implements `build`.
 
     A batch is ``{"image": uint8 (B, C, H, W), "mask": int64 (B, H, W), "name": list of B}``, the image float32 in 0..1
-    where the reader has a range of values. Images are not normalised: that is the model's. Training batches are
+    where the reader has a range of values. Its mask comes from the loader as the samples have it, most often in uint8,
+    and becomes int64 on the device. Images are not normalised: that is the model's. Training batches are
     shuffled and augmented by the seed of `lightning.seed_everything`, the epoch and the index alone, whatever the
     number of workers and devices; a last batch that is not full is left out, unless it is the only one. Evaluation
     batches are whole images in their own size, in the order of the source, each counted once on however many ranks.
@@ -280,6 +305,10 @@ class SegmentationData(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader:
         """Whole images of the test split."""
         return self._eval_loader("test")
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Widen the mask to int64, now that it is where the loss needs it so."""
+        return {**batch, "mask": batch["mask"].long()}
 
     def share_of(self, ranks: int) -> int:
         """How many images of a training batch each of several processes takes.
