@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from lightning_atrous.layers import class_map, raised_rows, rows_behind
+from lightning_atrous.argmax import class_map
+from lightning_atrous.layers import raised_rows, rows_behind
 
 __all__ = ["WHOLE", "Inference", "LogitsOf", "average", "slide", "winners"]
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry", "files", "arrays", "signatures"},
+    {"types", "registry", "files", "arrays", "signatures", "randomness", "colours"},
     {
         "layers",
         "dilation.ops",
@@ -24,7 +24,7 @@ LAYERS = [
         "images",
         "selection",
     },
-    {"dilation.proof", "dilation.rewrite", "dilation.phases", "switches"},
+    {"dilation.proof", "dilation.rewrite", "dilation.phases", "switches", "argmax"},
     {"dilation.probe", "dilation.layout", "dilation.statistics"},
     {"dilation.blocks", "dilation.forms"},
     {"dilation.network"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"losses.cross_entropy", "losses.ohem", "losses.smp", "losses.weighted"},
     {"inference"},
     {"backbone", "context", "metrics", "optim", "complaints", "data.base"},
-    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base", "testing.cases"},
+    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base", "testing.cases", "boundaries"},
     {"heads.smp_base"},
     {
         "heads.fcn",
@@ -55,7 +55,7 @@ LAYERS = [
     {"model", "checkpoint"},
     {"evaluation"},
     {"task", "testing.contract"},
-    {"callbacks", "image_scores", "loggers", "plugins", "speed", "interop.base"},
+    {"callbacks", "image_scores", "loggers", "plugins", "preemption", "resume", "speed", "interop.base"},
     {"interop.torchvision", "interop.smp", "interop.mmseg"},
     {"training", "prediction", "support", "listing", "interop.command"},
     {"comparison"},
@@ -66,7 +66,7 @@ LAYERS = [
 
 WALLS = {
     "timm": {"backbone"},
-    "torchmetrics": {"metrics"},
+    "torchmetrics": {"metrics", "boundaries"},
     "lightning": {
         "data.base",
         "data.shapes",
@@ -78,6 +78,8 @@ WALLS = {
         "image_scores",
         "loggers",
         "plugins",
+        "preemption",
+        "resume",
         "speed",
         "comparison",
         "complaints",
