@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin
 from torch import Tensor
 from torchvision import tv_tensors
 
@@ -26,6 +26,8 @@ OWN_CHANNELS = {"rgb": 3, "convert": 3, "grey": 1}
 EXPECTED = {"rgb": "RGB of 8 bits", "convert": "8 bits a channel", "grey": "one grey channel of 8 bits"}
 DEEP_GREY = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 """Pillow's modes of one channel with more than 8 bits."""
+ORIENTATION = 0x0112
+"""The tag of EXIF."""
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,35 @@ class Reader:
 
     def __call__(self, path: Path) -> tv_tensors.Image:
         """Read a file: ``(C, H, W)``, uint8, or float32 in 0..1 with a `value_range`."""
+        return self.window(path, slice(None), slice(None))[0]
+
+    def window(self, path: Path, rows: slice, columns: slice) -> tuple[tv_tensors.Image, tuple[int, int]]:
+        """Read a part of a file: what `__call__` would give there, in less time.
+
+        Args:
+            path: Of the file.
+            rows: Of the upright image, counted from its top, without a step. What a PNG holds below them is not
+                decoded, so that damage there is not found.
+            columns: Likewise, from its left.
+
+        Returns:
+            The part, ``(C, h, w)``, and the height and width of the whole image.
+
+        Raises:
+            ValueError: As for the whole file.
+        """
         if self.mode == "array":
-            image = read_array(path, self.out_channels)
+            whole = read_array(path, self.out_channels)
+            image, size = whole[:, rows, columns], (whole.shape[1], whole.shape[2])
         else:
-            picture, deep = _open(path, upright=True)
+            picture, deep = _open(path, upright=True, last_row=rows.stop)
+            size = (picture.height, picture.width)
+            top, bottom, _ = rows.indices(picture.height)
+            left, right, _ = columns.indices(picture.width)
+            if (bottom - top, right - left) != size:
+                picture = picture.crop((left, top, right, bottom))
             image = torch.from_numpy(_pixels(picture, deep, self, str(path))).permute(2, 0, 1)
-        return tv_tensors.Image(_scaled(image, self, str(path)))
+        return tv_tensors.Image(_scaled(image, self, str(path))), size
 
 
 RGB = Reader()
@@ -168,17 +193,36 @@ def write_png(path: Path, pixels: np.ndarray) -> None:
         Image.fromarray(pixels).save(file, format="PNG", compress_level=1)  # higher ones cost more time than they save
 
 
-def _open(path: Path, *, upright: bool = False) -> tuple[Image.Image, bool]:
-    """A picture, loaded, and whether the file was colour of more than 8 bits a channel."""
+def _open(path: Path, *, upright: bool = False, last_row: int | None = None) -> tuple[Image.Image, bool]:
+    """A picture, loaded, and whether the file was colour of more than 8 bits a channel.
+
+    Args:
+        path: Of the file.
+        upright: Whether to turn it as its EXIF orientation says.
+        last_row: Where the rows that are needed end; beyond it there may be anything.
+    """
     try:
         with Image.open(path) as image:
             deep = _is_deep(image)
+            short = last_row is not None and _end_at(image, last_row)
             image.load()
+        if short and image.getexif().get(ORIENTATION, 1) != 1:  # which may stand behind the pixels
+            return _open(path, upright=upright)
         return ImageOps.exif_transpose(image) if upright else image, deep
     except FileNotFoundError:
         raise missing(path) from None
     except Exception as error:  # Pillow's words for damage: each format has its own
         raise damaged(path, error) from error
+
+
+def _end_at(image: Image.Image, row: int) -> bool:
+    """Have only the rows above one decoded, if the file that is not loaded yet is a PNG of one picture, row by row."""
+    if not isinstance(image, PngImagePlugin.PngImageFile) or image.is_animated or image.info.get("interlace"):
+        return False
+    codec, _, offset, arguments = image.tile[0]
+    rows = (0, 0, image.width, min(max(row, 1), image.height))
+    image.tile = [(codec, rows, offset, arguments)]  # type: ignore[list-item]  # a named tuple since Pillow 11.1
+    return True
 
 
 def _is_deep(image: Image.Image) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,6 @@ __all__ = [
     "Normalize",
     "SeparableConv",
     "SingleValueNorm",
-    "class_map",
     "enlarge",
     "raised_rows",
     "resize",
@@ -98,29 +96,6 @@ def enlarge(logits: Tensor, times: int) -> Tensor:
     """
     height, width = logits.shape[-2:]
     return resize(logits, (times * height, times * width), align_corners=True)
-
-
-def class_map(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """The best class of every pixel once logits are raised to a size: ``(B, K, h, w)`` → int64 ``(B, *size)``.
-
-    In float32 or better, for rounding makes ties between pixels; a few classes of one image at a time, so that the
-    scores of all classes never stand in memory at full size.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    at_once = max(1, _RAISED // math.prod(size))
-    winners = []
-    for image in logits.split(1):
-        best, winner = resize(image[:, :at_once], size).max(dim=1)
-        for first in range(at_once, image.shape[1], at_once):
-            value, index = resize(image[:, first : first + at_once], size).max(dim=1)
-            winner = torch.where(value > best, index + first, winner)
-            best = torch.maximum(best, value)
-        winners.append(winner)
-    return torch.cat(winners)
-
-
-_RAISED = 2**25
-"""Scores raised to full size at one time: 128 MiB in float32, 16 classes of a 1024×2048 image."""
 
 
 class Normalize(nn.Module):

@@ -8,11 +8,13 @@ which `SegmentationScore` accumulates.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_atrous.layers import class_map
+from lightning_atrous.argmax import class_indices
 from lightning_atrous.types import ClassInfo
 
 __all__ = [
@@ -27,8 +29,9 @@ __all__ = [
 ]
 
 
+@torch.compiler.disable  # how large a table is depends on the values
 @torch.no_grad()
-def confusion_matrix(prediction: Tensor, target: Tensor, classes: ClassInfo) -> Tensor:
+def confusion_matrix(prediction: Tensor, target: Tensor, classes: ClassInfo, *, per_image: bool = False) -> Tensor:
     """Count pixels: ``(K, K)`` int64, the target's class in rows and the predicted one in columns.
 
     Args:
@@ -36,6 +39,7 @@ def confusion_matrix(prediction: Tensor, target: Tensor, classes: ClassInfo) -> 
             or a class map ``(B, H, W)`` of integers. Its values do not matter where the target is ignored.
         target: ``(B, H, W)`` integers in ``0..K-1``, or the ignore index: those pixels are not counted.
         classes: Gives ``K`` and the ignore index.
+        per_image: A matrix for each image, ``(B, K, K)``; else the one of all together.
 
     Raises:
         ValueError: Shapes or dtypes that do not fit, or a value that is neither a class nor the ignore index.
@@ -51,24 +55,13 @@ def confusion_matrix(prediction: Tensor, target: Tensor, classes: ClassInfo) -> 
     """
     k = len(classes)
     _check(prediction, target, k)
-    counts = torch.zeros(k * k, dtype=torch.int64, device=target.device)
-    if target.numel() == 0:
-        return counts.view(k, k)
-    # image by image: a class costs one full-size map, and a batch of maps for every class would not fit
-    for image_prediction, image_target in zip(prediction, target, strict=True):
-        mask = image_target.long()  # before it is compared: in uint8, 255 equals -1
-        ignored = mask == classes.ignore_index
-        mask = mask.masked_fill(ignored, 0)
-        _check_values(mask, "target", classes)
-        if image_prediction.ndim == 3:
-            predicted = class_map(image_prediction[None], mask.shape)[0]
-        else:
-            predicted = image_prediction.long().masked_fill(ignored, 0)
-            _check_values(predicted, "prediction", classes)
-        # ignored pixels fall into one bin more, which is dropped: cheaper than selecting the others
-        bins = mask.mul_(k).add_(predicted).masked_fill_(ignored, k * k)
-        counts += torch.bincount(bins.flatten(), minlength=k * k + 1)[:-1]
-    return counts.view(k, k)
+    counts = torch.zeros(len(target), k, k, dtype=torch.int64, device=target.device)
+    if target.numel():
+        if prediction.ndim == 4:
+            prediction = class_indices(prediction, target.shape[1:])
+        for matrix, predicted, mask in zip(counts, prediction, target, strict=True):
+            matrix.copy_(_count(_of_common_type(predicted), _of_common_type(mask), classes))
+    return counts if per_image else counts.sum(0)
 
 
 def class_iou(confusion: Tensor) -> Tensor:
@@ -184,13 +177,59 @@ def _is_integer(x: Tensor) -> bool:
     return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
-def _check_values(mask: Tensor, name: str, classes: ClassInfo) -> None:
-    """Raise where a ``(H, W)`` map without ignored pixels holds anything but classes."""
-    low, high = mask.aminmax()
-    if low < 0 or high >= len(classes):
-        wrong = mask[(mask < 0) | (mask >= len(classes))].unique().tolist()
-        values = ", ".join(map(str, wrong[:8])) + (", …" if len(wrong) > 8 else "")
+def _of_common_type(x: Tensor) -> Tensor:
+    """What torch can do little with as int64."""
+    return x if x.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64) else x.long()
+
+
+def _count(predicted: Tensor, mask: Tensor, classes: ClassInfo) -> Tensor:
+    """The matrix ``(K, K)`` of one image, from two maps ``(H, W)``.
+
+    All pairs of values are counted, whatever they mean, and the table is looked at afterwards: the pixels themselves
+    are passed over three times.
+    """
+    k, ignore_index = len(classes), classes.ignore_index
+    (low, high), (left, right) = _range(mask, k), _range(predicted, k)
+    height, width = high - low + 1, right - left + 1
+    if height * width > max(_PAIRS, k * (k + 1)):
+        ignored = mask.long() == ignore_index  # not before it is long: in uint8, 255 equals -1
+        mask, predicted = mask.long().masked_fill(ignored, 0), predicted.long().masked_fill(ignored, 0)
+        _check_values(mask, "target", classes)
+        _check_values(predicted, "prediction", classes)
+        return _count(predicted, mask.masked_fill_(ignored, k), dataclasses.replace(classes, ignore_index=k))
+    dtype = torch.int16 if height * width <= 2**15 else torch.int32
+    pairs = (_from(low, mask).to(dtype) * width).add_(_from(left, predicted).to(dtype))
+    table = torch.bincount(pairs.flatten(), minlength=height * width).view(height, width)
+    if low <= ignore_index <= high:
+        table[ignore_index - low] = 0
+    matrix = table[-low : k - low, -left : k - left]
+    if matrix.sum() != table.sum():
+        _check_values(low + table.any(1).nonzero(), "target", classes)
+        _check_values(left + table.any(0).nonzero(), "prediction", classes)
+    return matrix
+
+
+_PAIRS = 2**16
+"""Different pairs of values that are counted in one table: all those of two maps in uint8."""
+
+
+def _range(x: Tensor, k: int) -> tuple[int, int]:
+    """The least and the greatest value, of the classes too."""
+    low, high = torch.stack(x.aminmax()).tolist()
+    return min(low, 0), max(high, k - 1)
+
+
+def _from(low: int, x: Tensor) -> Tensor:
+    """Values counted from the least."""
+    return x.long() - low if low else x
+
+
+def _check_values(values: Tensor, name: str, classes: ClassInfo) -> None:
+    """Raise where any of the values of a map that are not ignored is no class."""
+    wrong = values[(values < 0) | (values >= len(classes))].unique().tolist()
+    if wrong:
+        shown = ", ".join(map(str, wrong[:8])) + (", …" if len(wrong) > 8 else "")
         raise ValueError(
-            f"the {name} holds {values}, but {len(classes)} classes are 0..{len(classes) - 1} "
+            f"the {name} holds {shown}, but {len(classes)} classes are 0..{len(classes) - 1} "
             f"and {classes.ignore_index} is ignored"
         )

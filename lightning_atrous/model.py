@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lightning_atrous.argmax import class_map
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.heads import Head
-from lightning_atrous.layers import Normalize, class_map, resize
+from lightning_atrous.layers import Normalize, resize
 from lightning_atrous.types import Preprocess
 
 __all__ = ["SegmentationModel"]

@@ -29,7 +29,9 @@ from lightning_atrous.losses import CrossEntropy, Loss
 from lightning_atrous.names import Slots, translate_arguments, translate_yaml
 from lightning_atrous.optim import OPTIMIZERS, SGD_RECIPE
 from lightning_atrous.plugins import SyncBatchNorm, WholeCheckpointIO
-from lightning_atrous.runs import CHECKPOINTS, find_checkpoint, fresh_directory
+from lightning_atrous.preemption import Preemption
+from lightning_atrous.resume import ExactResume
+from lightning_atrous.runs import CHECKPOINTS, claim, find_checkpoint, find_requeued, fresh_directory, run_of
 from lightning_atrous.spec import describe
 from lightning_atrous.speed import FasterExecution
 from lightning_atrous.switches import class_paths, reset_replaced
@@ -94,6 +96,7 @@ class ConfigSaver(SaveConfigCallback):
             number += 1
             path = directory / f"config-{number}.yaml"
         self.parser.save(self.config, str(path), skip_unset=False, multifile=False)
+        claim(directory)
         for logger in trainer.loggers:
             logger.log_hyperparams(yaml.safe_load(path.read_text(encoding="utf-8")))
 
@@ -175,9 +178,10 @@ class TrainingCLI(LightningCLI):
         """Parse, with the checkpoint's own model beneath what the user gives: what is typed wins."""
         try:
             arguments = translate_arguments(args, SLOTS)
-            checkpoint = _value_of("--ckpt_path", arguments)
-            if checkpoint is not None:
-                path = find_checkpoint(checkpoint, _run_base(arguments))
+            checkpoint, base = _value_of("--ckpt_path", arguments), _run_base(arguments)
+            requeued = find_requeued(base, checkpoint) if arguments[:1] == ["fit"] else None
+            if requeued is not None or checkpoint is not None:
+                path = requeued or find_checkpoint(checkpoint or "", base)
                 content = read_checkpoint(path)
                 self.first_step = content["global_step"]
                 self.wandb_run = content["callbacks"].get(WandbRun().state_key, {})
@@ -197,8 +201,7 @@ class TrainingCLI(LightningCLI):
         files = [str(path) for path in config.config or ()]
         base = Path(config.run_dir or trainer.default_root_dir or _default_base(files))
         if config.ckpt_path:
-            parent = Path(config.ckpt_path).absolute().parent
-            self.run_dir = parent.parent if parent.name == CHECKPOINTS else parent
+            self.run_dir = run_of(Path(config.ckpt_path))
         elif self.subcommand == "fit":
             self.run_dir = fresh_directory(base)
         else:
@@ -239,6 +242,7 @@ class TrainingCLI(LightningCLI):
         self.config = self.resolved  # what is kept with a run does not name the run's own places
         config = self.config[self.subcommand].trainer
         callbacks: list[Any] = [LoggedStep(), ScoreTable(), WandbRun(), FinalValidation(), FasterExecution()]
+        callbacks.append(ExactResume())
         if config.enable_progress_bar is not False:
             callbacks.append(RunProgress())
         if config.enable_checkpointing is not False and not config.fast_dev_run:
@@ -247,6 +251,7 @@ class TrainingCLI(LightningCLI):
                 # overwritten in place: one best and one last, under names that never change
                 ModelCheckpoint(directory, "best", monitor="val/miou", mode="max", enable_version_counter=False),
                 ModelCheckpoint(directory, "last", enable_version_counter=False),
+                Preemption(directory / "last.ckpt"),
             ]
         if self.subcommand == "fit" and config.logger is not False:
             callbacks.append(LearningRateMonitor("step"))

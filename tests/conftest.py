@@ -12,13 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from made import make_camvid, make_folder
 
 ROOT = Path(__file__).parent.parent
 
 collect_ignore = ["mmseg_original.py"]
 """Run by another Python, in which mmsegmentation is installed."""
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several beside each other, and what it starts
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(2)
 
 # Lightning calls what newer releases of jsonargparse have renamed
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
@@ -69,6 +74,18 @@ def command(workdir: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
         return done
 
     return run
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Sub-folders: five training images in two folders, two for validation; three classes."""
+    return make_folder(tmp_path / "folder")
+
+
+@pytest.fixture
+def camvid(tmp_path: Path) -> Path:
+    """CamVid in the official layout, small."""
+    return make_camvid(tmp_path / "camvid")
 
 
 @contextlib.contextmanager

@@ -68,3 +68,44 @@ def _street(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
 def _save(path: Path, pixels: np.ndarray) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
+
+
+def make_folder(root: Path) -> Path:
+    """Sub-folders: five training images in two folders, two for validation; three classes."""
+    for i in range(5):
+        save_pair(root, f"{'ab'[i % 2]}/{i}.x", split="train", height=20 + i)
+    for i in range(2):
+        save_pair(root, f"{i}", split="val", width=31 + 4 * i)
+    (root / "classes.txt").write_text("one\ntwo\n\nthree\n", encoding="utf-8")
+    return root
+
+
+def make_camvid(root: Path) -> Path:
+    """The official layout, small: labels 0..11, lists with the authors' prefix."""
+    labels = (np.arange(36 * 48) % 12).astype(np.uint8).reshape(36, 48)
+    for split, number in (("train", 3), ("val", 2)):
+        lines = []
+        for i in range(number):
+            name = f"{split}_{i}.png"
+            save_image(root / split / name, 36, 48, seed=i)
+            save_mask(root / f"{split}annot" / name, labels)
+            lines.append(f"/SegNet/CamVid/{split}/{name} /SegNet/CamVid/{split}annot/{name}\n")
+        (root / f"{split}.txt").write_text("".join(lines), encoding="utf-8")
+    return root
+
+
+def save_image(path: Path, height: int = 20, width: int = 30, *, mode: str = "RGB", seed: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+
+
+def save_mask(path: Path, labels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(labels).save(path)
+
+
+def save_pair(root: Path, name: str, *, split: str = "", height: int = 20, width: int = 30, classes: int = 3) -> None:
+    labels = np.random.default_rng(1).integers(0, classes, (height, width)).astype(np.uint8)
+    save_image(root / "images" / split / f"{name}.png", height, width)
+    save_mask(root / "masks" / split / f"{name}.png", labels)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry", "files", "arrays", "signatures"},
+    {"types", "registry", "files", "arrays", "signatures", "randomness", "colours"},
     {
         "layers",
         "dilation.ops",
@@ -24,7 +24,7 @@ LAYERS = [
         "images",
         "selection",
     },
-    {"dilation.proof", "dilation.rewrite", "dilation.phases", "switches"},
+    {"dilation.proof", "dilation.rewrite", "dilation.phases", "switches", "argmax"},
     {"dilation.probe", "dilation.layout", "dilation.statistics", "depths", "recompute", "optim.patterns"},
     {"dilation.blocks", "dilation.forms"},
     {"dilation.network"},
@@ -34,7 +34,7 @@ LAYERS = [
     {"losses.cross_entropy", "losses.ohem", "losses.smp", "losses.weighted"},
     {"backbone", "context", "metrics", "complaints", "data.base"},
     {"optim.groups", "optim.freezing", "optim.build", "optim.schedule"},
-    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base", "testing.cases"},
+    {"data.shapes", "data.folder", "data.camvid", "data.cityscapes", "heads.base", "testing.cases", "boundaries"},
     {"heads.smp_base"},
     {
         "heads.fcn",
@@ -54,7 +54,7 @@ LAYERS = [
     },
     {"model", "checkpoint"},
     {"task", "testing.contract"},
-    {"callbacks", "ema", "loggers", "plugins", "speed", "interop.base"},
+    {"callbacks", "ema", "loggers", "plugins", "preemption", "resume", "speed", "interop.base"},
     {"interop.torchvision", "interop.smp", "interop.mmseg"},
     {"training", "prediction", "support", "listing", "interop.command"},
     {"cli"},
@@ -64,7 +64,7 @@ LAYERS = [
 
 WALLS = {
     "timm": {"backbone", "depths", "optim.build"},
-    "torchmetrics": {"metrics"},
+    "torchmetrics": {"metrics", "boundaries"},
     "lightning": {
         "data.base",
         "data.shapes",
@@ -76,6 +76,8 @@ WALLS = {
         "ema",
         "loggers",
         "plugins",
+        "preemption",
+        "resume",
         "speed",
         "complaints",
         "training",

@@ -156,16 +156,18 @@ def test_an_interrupted_run_says_so(workdir: Path) -> None:
             env=environment(),
             stdout=out,
             stderr=out,
+            start_new_session=True,
         )
     deadline = time.monotonic() + 120
     while not (workdir / "runs/tiny/checkpoints/last.ckpt").is_file():
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to those too that read the images
     assert process.wait(60) == 130
     output = (workdir / "out").read_text()
-    assert "lightning-atrous fit: stopped; what was written up to here is whole" in output
+    assert "lightning-atrous fit: stopped by SIGINT after step " in output
+    assert "is saved in runs/tiny/checkpoints/last.ckpt; --ckpt_path last goes on from there" in output
     assert "Traceback" not in output
 
 

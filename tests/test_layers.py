@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lightning_atrous import layers
 from lightning_atrous.layers import ConvNormAct, ImagePool, Normalize, SeparableConv, raised_rows, resize, rows_behind
 from lightning_atrous.types import Preprocess
 
@@ -85,17 +84,3 @@ def test_resize_to_the_same_size_is_the_same_tensor() -> None:
     assert resize(x, (8, 3)).shape == (1, 2, 8, 3)
     # areas aligned: doubling keeps the mean
     torch.testing.assert_close(resize(torch.ones(1, 1, 3, 3), (6, 6)), torch.ones(1, 1, 6, 6))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("at_once", [1, 3, 5, 99])
-def test_class_map_is_the_argmax_of_the_raised_logits(
-    dtype: torch.dtype, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """However few classes are raised at a time; half precision is raised in float32, where no two scores tie."""
-    monkeypatch.setattr(layers, "_RAISED", at_once * 17 * 23)
-    logits = torch.randn(3, 5, 4, 6).to(dtype)
-    expected = F.interpolate(logits.double(), (17, 23), mode="bilinear", align_corners=False).argmax(1)
-    found = layers.class_map(logits, (17, 23))
-    assert found.dtype == torch.int64
-    assert (found == expected).double().mean() > 0.999

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sklearn.metrics import confusion_matrix as sklearn_confusion_matrix
 from torch import Tensor
 
-from lightning_atrous import layers
+from lightning_atrous import argmax
 from lightning_atrous.metrics import (
     SegmentationScore,
     class_accuracy,
@@ -51,7 +51,7 @@ def naive_scores(prediction: Tensor, target: Tensor, classes: ClassInfo) -> tupl
     return ious, accuracies
 
 
-@pytest.mark.parametrize(("k", "ignore_index"), [(2, -1), (19, 255), (40, 40), (254, 255)])
+@pytest.mark.parametrize(("k", "ignore_index"), [(2, -1), (19, 255), (40, 40), (254, 255), (300, -1), (5, -(2**14))])
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16])
 def test_equals_scikit_learn(k: int, ignore_index: int, dtype: torch.dtype) -> None:
     prediction, target = random_pair(k, (3, 17, 23), ignore_index=ignore_index)
@@ -75,6 +75,37 @@ def test_uint8_masks_count_like_int64() -> None:
     classes = class_info(5)
     small = confusion_matrix(prediction.byte(), target.byte(), classes)
     assert torch.equal(small, confusion_matrix(prediction, target, classes))
+
+
+@pytest.mark.parametrize("ignore_index", [65535, 2**40, -(2**62)])
+@pytest.mark.parametrize("k", [1, 300])
+def test_an_ignore_index_may_be_far_from_the_classes(ignore_index: int, k: int) -> None:
+    prediction, target = random_pair(k, (2, 17, 23))
+    classes, far = class_info(k, -1), class_info(k, ignore_index)
+    near, away = target.masked_fill(target == 255, -1), target.masked_fill(target == 255, ignore_index)
+    prediction[target == 255] = 2**50  # does not matter
+    assert torch.equal(confusion_matrix(prediction, away, far), confusion_matrix(prediction, near, classes))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.int8])
+def test_masks_of_rarer_types_count_like_int64(dtype: torch.dtype) -> None:
+    prediction, target = random_pair(5, (2, 9, 9), ignore_index=100)
+    classes = class_info(5, 100)
+    rare = confusion_matrix(prediction.to(dtype), target.to(dtype), classes)
+    assert torch.equal(rare, confusion_matrix(prediction, target, classes))
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_per_image_is_the_matrix_of_each_image(logits: bool) -> None:
+    classes = class_info(5)
+    prediction, target = random_pair(5, (3, 9, 11))
+    if logits:
+        prediction = torch.randn(3, 5, 4, 4, generator=torch.Generator().manual_seed(0))
+    found = confusion_matrix(prediction, target, classes, per_image=True)
+    assert torch.equal(found.sum(0), confusion_matrix(prediction, target, classes))
+    for i in range(3):
+        assert torch.equal(found[i], confusion_matrix(prediction[i : i + 1], target[i : i + 1], classes))
+    assert confusion_matrix(prediction[:0], target[:0], classes, per_image=True).shape == (0, 5, 5)
 
 
 @pytest.mark.parametrize("absent", [(), (0,), (2, 4)])
@@ -137,25 +168,17 @@ def test_forward_gives_the_batch_and_keeps_the_total() -> None:
 
 
 @pytest.mark.parametrize("size", [(4, 6), (32, 48), (9, 100)])
-@pytest.mark.parametrize("at_once", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 5, 99])
 def test_logits_count_as_their_argmax_at_full_size(
-    size: tuple[int, int], at_once: int, monkeypatch: pytest.MonkeyPatch
+    size: tuple[int, int], rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layers, "_RAISED", at_once * 32 * 48)
+    monkeypatch.setattr(argmax, "_RAISED", 7 * rows * 100)
     classes = class_info(7)
     _, target = random_pair(7, (2, 32, 48))
     logits = torch.randn(2, 7, *size, generator=torch.Generator().manual_seed(0))
     by_hand = F.interpolate(logits, size=(32, 48), mode="bilinear", align_corners=False).argmax(1)
     expected = confusion_matrix(by_hand, target, classes)
     assert torch.equal(confusion_matrix(logits, target, classes), expected)
-
-
-@pytest.mark.parametrize("at_once", [1, 2, 7])
-def test_of_equal_logits_the_first_class_wins(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "_RAISED", at_once * 8 * 8)
-    target = torch.zeros(1, 8, 8, dtype=torch.int64)
-    confusion = confusion_matrix(torch.zeros(1, 7, 2, 2), target, class_info(7))
-    assert confusion[0, 0] == 64
 
 
 def test_half_precision_is_raised_in_float32() -> None:
@@ -187,6 +210,14 @@ def test_runs_with_deterministic_algorithms() -> None:
     assert confusion.sum() == (target != 255).sum()
 
 
+def test_a_compiled_evaluation_may_count() -> None:
+    _, target = random_pair(3, (2, 8, 8))
+    logits = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    classes = class_info(3)
+    compiled = torch.compile(lambda x: confusion_matrix(x + 1, target, classes), backend="eager")
+    assert torch.equal(compiled(logits), confusion_matrix(logits + 1, target, classes))
+
+
 MAP = torch.zeros(1, 4, 4, dtype=torch.int64)
 
 
@@ -208,6 +239,9 @@ MAP = torch.zeros(1, 4, 4, dtype=torch.int64)
         (MAP, MAP - 1, "the target holds -1, but"),
         (MAP, torch.arange(16).view(1, 4, 4), "the target holds 3, 4, 5, 6, 7, 8, 9, 10, …, but"),
         (MAP + 255, MAP, "the prediction holds 255, but"),
+        (MAP - 2, MAP, "the prediction holds -2, but"),
+        (MAP, MAP + 2**40, "the target holds 1099511627776, but"),
+        (MAP - 2**40, MAP, "the prediction holds -1099511627776, but"),
     ],
 )
 def test_what_does_not_fit_is_named(prediction: Tensor, target: Tensor, message: str) -> None:

@@ -166,6 +166,10 @@ MISTYPED = {
         (*FIT, "--data=Folder", "--data.root=.", "--data.augment.flip", "x"),
         "data.augment.flip: expected float, got x",
     ),
+    "share of a word": (
+        (*FIT, "--data=Folder", "--data.root=.", "--data.augment.max_share", "most"),
+        "data.augment.max_share: expected one of float, null, got most",
+    ),
     "learning rate": ((*FIT, "--model.optimizer.lr", "-1"), "model.optimizer: Invalid learning rate: -1.0; correct"),
     "strategy": ((*FIT, "--trainer.strategy", "ddpp"), "Lightning has no strategy 'ddpp'; give auto, ddp"),
     "list what": (("list", "haeds"), "invalid choice"),
@@ -293,6 +297,9 @@ MISTAKES = {
         keep, (*DATA, "--data.augment.crop", "[-5, 32]"), "crop must be a height and a width of at least 2", 2
     ),
     "crop of a word": Mistake(keep, (*DATA, "--data.augment.crop", "big"), "data.augment.crop: expected", 2),
+    "share of everything": Mistake(
+        keep, (*DATA, "--data.augment.max_share", "1.5"), "max_share must lie between 0 and 1, got 1.5; try 0.75", 2
+    ),
     "empty split": Mistake(
         both(remove("good/images/val/*"), remove("good/masks/val/*")),
         DATA,

@@ -112,8 +112,17 @@ class Unet(SMPHead):
         return self.score(maps, maps[0])
 
 
+class DoublingHead(SMPHead):
+    """A decoder that doubles its maps from step to step; those whose sides do not divide are continued with zeros."""
+
+    def forward(self, features: Features) -> Tensor:
+        """Scores at stride 1."""
+        maps = self.pyramid.maps(features)
+        return self.score(continued(maps, self.pyramid.strides), maps[0])
+
+
 @HEADS.register("unetplusplus")
-class UnetPlusPlus(SMPHead):
+class UnetPlusPlus(DoublingHead):
     """Unet++'s decoder as SMP has it: between the levels and the steps of a U-Net, a dense grid of more such steps.
 
     Maps are doubled, so the strides must double from level to level: it is refused over dilated backbones. Maps whose
@@ -171,14 +180,9 @@ class UnetPlusPlus(SMPHead):
             upsampling=upsampling,
         )
 
-    def forward(self, features: Features) -> Tensor:
-        """Scores at stride 1."""
-        maps = self.pyramid.maps(features)
-        return self.score(continued(maps, self.pyramid.strides), maps[0])
-
 
 @HEADS.register("linknet")
-class Linknet(SMPHead):
+class Linknet(DoublingHead):
     """LinkNet's decoder as SMP has it: 1×1, transposed convolution by 2, 1×1, and the next finer level added.
 
     Maps are doubled, so the strides must double from level to level: it is refused over dilated backbones. Maps whose
@@ -225,14 +229,9 @@ class Linknet(SMPHead):
             upsampling=upsampling,
         )
 
-    def forward(self, features: Features) -> Tensor:
-        """Scores at stride 1."""
-        maps = self.pyramid.maps(features)
-        return self.score(continued(maps, self.pyramid.strides), maps[0])
-
 
 @HEADS.register("manet")
-class MAnet(SMPHead):
+class MAnet(DoublingHead):
     """MA-Net's decoder as SMP has it: attention between all positions of the last level, then of channels at each step.
 
     Maps are doubled, so the strides must double from level to level: it is refused over dilated backbones. Maps whose
@@ -290,11 +289,6 @@ class MAnet(SMPHead):
             segmentation_kernel=segmentation_kernel,
             upsampling=upsampling,
         )
-
-    def forward(self, features: Features) -> Tensor:
-        """Scores at stride 1."""
-        maps = self.pyramid.maps(features)
-        return self.score(continued(maps, self.pyramid.strides), maps[0])
 
 
 def _check_attention(attention_type: str | None, widths: Sequence[int]) -> None:

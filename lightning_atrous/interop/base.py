@@ -36,7 +36,7 @@ __all__ = [
 Tensors = Mapping[str, Tensor]
 """A state dict."""
 
-_SHOWN = 12
+_SHOWN = 4
 """Names on each side of an error: enough to see what they have in common."""
 
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "net.")
@@ -303,4 +303,4 @@ def _moved(key: str, moves: Mapping[str, str]) -> str | None:
 def _few(names: Sequence[str]) -> str:
     if not names:
         return "none"
-    return f"{len(names)} ({', '.join(names[:_SHOWN])}{', …' if len(names) > _SHOWN else ''})"
+    return f"{len(names)} ({', '.join(names[:_SHOWN])}{', …' * (len(names) > _SHOWN)})"
