@@ -6,6 +6,7 @@ into atrous rates; this file joins the two and checks what goes in.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import inspect
@@ -21,7 +22,9 @@ import torch.nn.functional as F
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 
+from lightning_atrous.depths import layers_to_head
 from lightning_atrous.dilation import Dilation, Execution
+from lightning_atrous.recompute import blocks_of, recomputing
 from lightning_atrous.registry import close_matches
 from lightning_atrous.types import FeatureInfo, Features, Preprocess
 
@@ -80,6 +83,8 @@ class TimmBackbone(nn.Module):
             sub-grids, or, by ``auto``, by whichever is faster. The numbers are the same.
         read_at: Levels that are read before timm's end of them: by index, the module of timm's network whose output it
             is, of the same shape; ``{2: blocks.2.0}`` where another package's decoder reads the first block of a stage.
+        gradient_checkpointing: Less memory in training, for more time: every block is computed again when its gradient
+            is due. The numbers are the same.
 
     Raises:
         ValueError: An unknown network or option; weights that do not fit or cannot be had; a stride that this
@@ -100,6 +105,7 @@ class TimmBackbone(nn.Module):
         hdc_at: int = 8,
         execution: Execution = "auto",
         read_at: dict[int, str] | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.in_channels, self.timm_options = name, in_channels, dict(timm_options or {})
@@ -121,6 +127,9 @@ class TimmBackbone(nn.Module):
         self.dilation.execution = execution
         if output_stride is not None or self.hdc:  # whose rates are there from then on
             self.output_stride = output_stride or self.dilation.native
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing and not blocks_of(self.net):
+            raise ValueError(f"gradient_checkpointing: {name} is not made of blocks; train it without")
 
     def _probe(self) -> Dilation:
         try:
@@ -189,7 +198,21 @@ class TimmBackbone(nn.Module):
             "hdc_at": self.hdc_at,
             "execution": self.dilation.execution,
             "read_at": self.read_at or None,
+            "gradient_checkpointing": self.gradient_checkpointing,
         }
+
+    def layers_to_head(self) -> dict[str, int]:
+        """For every parameter, by name, how many layers it is away from the head, as timm counts them.
+
+        Raises:
+            ValueError: timm does not say which layers this network has.
+        """
+        with torch.random.fork_rng(devices=[]):  # the classifier's weights are of no use
+            classifier = _create(self.name, self.in_channels, {**self.timm_options, "num_classes": 1})
+        try:
+            return {f"net.{name}": away for name, away in layers_to_head(self.net, classifier).items()}
+        except ValueError as error:
+            raise ValueError(f"layer_decay: {self.name} cannot have it, {error}; leave it out") from error
 
     def forward(self, image: Tensor) -> Features:
         """Normalised image ``(B, C, H, W)`` → maps ``(B, C_i, h_i, w_i)``, the finest first.
@@ -199,7 +222,9 @@ class TimmBackbone(nn.Module):
         """
         height, width = image.shape[-2:]
         below, right = -height % self._grid, -width % self._grid
-        features = self._maps(F.pad(image, (0, right, 0, below)) if below or right else image)
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        with recomputing(blocks_of(self.net)) if again else contextlib.nullcontext():
+            features = self._maps(F.pad(image, (0, right, 0, below)) if below or right else image)
         if not self._channels_first:
             features = [feature.permute(0, 3, 1, 2) for feature in features]
         if not (below or right):

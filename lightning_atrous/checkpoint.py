@@ -7,11 +7,12 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_atrous.heads import HEADS
 from lightning_atrous.spec import build
 
-__all__ = ["SPEC_KEY", "check_classes", "read_checkpoint"]
+__all__ = ["SPEC_KEY", "check_classes", "load_weights", "read_checkpoint"]
 
 SPEC_KEY = "lightning_atrous"
 """Where in a checkpoint the description stands from which the task is built again."""
@@ -51,3 +52,24 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or SPEC_KEY not in checkpoint:
         raise ValueError(f"{path} was not written by lightning-atrous; it does not say what it is made of")
     return checkpoint
+
+
+def load_weights(module: nn.Module, checkpoint: dict[str, Any], path: str | os.PathLike[str]) -> None:
+    """Fill what a checkpoint describes with its weights, strictly.
+
+    Args:
+        module: As built from the description.
+        checkpoint: As read.
+        path: From where, for the message.
+
+    Raises:
+        ValueError: Weights of another model.
+    """
+    try:
+        module.load_state_dict(checkpoint["state_dict"], strict=True)
+    except RuntimeError as error:
+        reason = " ".join(str(error).partition(":")[2].split())[:200]
+        raise ValueError(
+            f"{path} does not hold the weights of the model that it describes ({reason}); it was changed after it was "
+            f"written, or a head of its own has changed since: take another"
+        ) from error

@@ -93,6 +93,10 @@ _FOREIGN = {
     r"invalid strategy name: `strategy='(\w+)'`": (
         "trainer.strategy: Lightning has no strategy '{0}'; give auto, ddp, or ddp_find_unused_parameters_true"
     ),
+    r"InvalidCxxCompiler": (
+        "model.compile was asked for, but torch.compile finds no C++ compiler on this machine; install one (g++), or "
+        "give --model.compile false"
+    ),
     r"find_unused_parameters": (
         "some of the backbone's weights take no part in the loss, which DDP has to be told; give --trainer.strategy "
         "ddp_find_unused_parameters_true"

@@ -49,6 +49,39 @@ class SegmentationModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self.aux_head = aux_head
+        self.frozen: tuple[str, ...] = ()
+        """Names of modules that stay in eval mode while the rest is trained."""
+
+    def keep(self, frozen: tuple[str, ...]) -> None:
+        """Have modules stay in eval mode, by name; go to training mode with the rest."""
+        self.frozen = frozen
+        self.train()
+
+    def train(self, mode: bool = True) -> SegmentationModel:
+        """Go to training mode, but for what is frozen; or to eval mode."""
+        super().train(mode)
+        if mode:
+            for name in self.frozen:
+                self.get_submodule(name).eval()
+        return self
+
+    def check_compiles(self) -> None:
+        """Refuse to compile what excludes it.
+
+        Raises:
+            ValueError: A backbone whose blocks are computed again in training.
+        """
+        if self.backbone.gradient_checkpointing:
+            raise ValueError(
+                "compile and backbone.gradient_checkpointing exclude each other: what is compiled decides by itself "
+                "what is computed again; leave one of them out"
+            )
+
+    def compile_parts(self) -> None:
+        """Have backbone and heads compiled when they are called next. The names of the weights stay."""
+        for part in (self.backbone, self.head, self.aux_head):
+            if part is not None:
+                part.compile()
 
     @property
     def output_stride(self) -> int:

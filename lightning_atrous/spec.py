@@ -11,11 +11,15 @@ import importlib
 from collections.abc import Callable, Collection
 from typing import Any, TypedDict
 
+from torch.optim import Optimizer
+
 from lightning_atrous.registry import Registry
 
 __all__ = ["Spec", "build", "describe"]
 
-_OWN = ("lightning_atrous.", "torch.optim.")
+_OPTIMIZERS = ("torch.optim.", "timm.optim.")
+
+_OWN = ("lightning_atrous.", *_OPTIMIZERS)
 
 
 class Spec(TypedDict):
@@ -90,6 +94,8 @@ def build(spec: Spec, *, registry: Registry[Any] | None = None, trust: Collectio
             target = getattr(importlib.import_module(module), name)
         except (ImportError, AttributeError) as error:
             raise ValueError(f"the checkpoint asks for {class_path}, which cannot be imported: {error}") from error
+        if class_path.startswith(_OPTIMIZERS) and not (isinstance(target, type) and issubclass(target, Optimizer)):
+            raise ValueError(f"the checkpoint asks for {class_path} as an optimiser, which it is not")
 
     def built(value: Any) -> Any:
         """An option with the factories in it, by the same rules."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, TypedDict, overload
 
 import lightning as L
@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_atrous.accumulation import Accumulation
 from lightning_atrous.backbone import TimmBackbone
-from lightning_atrous.checkpoint import SPEC_KEY, check_classes, read_checkpoint
+from lightning_atrous.checkpoint import SPEC_KEY, check_classes, load_weights, read_checkpoint
 from lightning_atrous.evaluation import Evaluated, Evaluation
 from lightning_atrous.heads import DeepLabV3Plus, HeadFactory
 from lightning_atrous.images import RGB, Reader, as_image
@@ -29,11 +29,14 @@ from lightning_atrous.model import SegmentationModel
 from lightning_atrous.optim import (
     POLY,
     SGD_RECIPE,
+    Freezing,
+    Grouping,
     OptimizerFactory,
+    ParameterGroup,
     Poly,
     build_optimizer,
     check_optimizer,
-    parameter_groups,
+    check_resumed,
     realign,
 )
 from lightning_atrous.spec import describe
@@ -66,7 +69,16 @@ class SegmentationTask(L.LightningModule):
             decay 5e-4 where not given.
         schedule: The learning rate's course over the optimiser's steps.
         backbone_lr_factor: The backbone's learning rate in units of the optimiser's.
+        layer_decay: By what the learning rate shrinks with every layer of the backbone down from the head; 0.75, say.
         decay_norm_and_bias: Whether weight decay also pulls at normalisation weights and biases.
+        parameter_groups: Other rates by name, such as ``[{match: head, lr_factor: 10}]``: ``match`` as in ``freeze``,
+            of several the first; ``lr_factor`` multiplies the rate that is there without it, ``weight_decay`` replaces.
+        freeze: What is not trained: shell patterns over the names of the model's parameters, or modules, such as
+            ``[backbone.net.layer1, "*.bias"]``. Modules that are frozen whole stay in eval mode.
+        freeze_stages: How many of the backbone's maps, the finest first, keep all that they are computed with; in a
+            ResNet 1 freezes the stem, 2 the first stage too.
+        freeze_norm: Whether the backbone's batch norms keep their statistics and their weights.
+        compile: Whether `fit` compiles backbone and heads (``torch.compile``): slow first steps, faster ones after.
         channels_last: Keep images and weights in the memory format that is faster for convolutions nearly everywhere.
         eval_output_stride: Of the backbone while validating and testing; that of the training where not given. It is no
             part of what a checkpoint describes.
@@ -91,7 +103,13 @@ class SegmentationTask(L.LightningModule):
         optimizer: OptimizerFactory | None = None,
         schedule: Poly = POLY,
         backbone_lr_factor: float = 1.0,
+        layer_decay: float | None = None,
         decay_norm_and_bias: bool = False,
+        parameter_groups: Sequence[ParameterGroup] = (),
+        freeze: Sequence[str] = (),
+        freeze_stages: int = 0,
+        freeze_norm: bool = False,
+        compile: bool = False,
         channels_last: bool = True,
         eval_output_stride: int | None = None,
         inference: Inference = WHOLE,
@@ -119,11 +137,22 @@ class SegmentationTask(L.LightningModule):
         """The confusion matrix ``(K, K)`` of the last whole evaluation, over all ranks."""
         self.optimizer_factory = optimizer
         self.schedule = schedule
-        self.backbone_lr_factor = backbone_lr_factor
-        self.decay_norm_and_bias = decay_norm_and_bias
+        self.freezing = Freezing(freeze=tuple(freeze), freeze_stages=freeze_stages, freeze_norm=freeze_norm)
+        self.model.keep(self.freezing(self.model, backbone))
+        self.grouping = Grouping(
+            backbone_lr_factor=backbone_lr_factor,
+            layer_decay=layer_decay,
+            decay_norm_and_bias=decay_norm_and_bias,
+            parameter_groups=tuple(parameter_groups),
+        )
+        self.grouping(self.model, backbone)  # what is refused is refused now
+        self.compiles = compile
+        if compile:
+            self.model.check_compiles()
         self.channels_last = channels_last
         self._accumulation: Accumulation | None = None
         self._steps_trained = 0
+        self._resumed: tuple[str, list[dict[str, Any]]] | None = None  # a checkpoint's optimiser, and its groups
         self.evaluation = Evaluation(
             self.model, self.loss, self.score, output_stride=eval_output_stride, inference=inference
         )
@@ -148,8 +177,9 @@ class SegmentationTask(L.LightningModule):
             "aux_weight": self.aux_weight,
             "preprocess": dataclasses.asdict(self.model.preprocess),
             "schedule": dataclasses.asdict(self.schedule),
-            "backbone_lr_factor": self.backbone_lr_factor,
-            "decay_norm_and_bias": self.decay_norm_and_bias,
+            **dataclasses.asdict(self.grouping),
+            **dataclasses.asdict(self.freezing),
+            "compile": self.compiles,
             "channels_last": self.channels_last,
         }
 
@@ -171,6 +201,7 @@ class SegmentationTask(L.LightningModule):
             reader=Reader(**spec.pop("reader")),
             preprocess=Preprocess(**spec.pop("preprocess")),
             schedule=Poly(**spec.pop("schedule")),
+            parameter_groups=[ParameterGroup(**group) for group in spec.pop("parameter_groups", ())],
             **{**spec, **factories},
         )
 
@@ -189,14 +220,7 @@ class SegmentationTask(L.LightningModule):
         """
         checkpoint = read_checkpoint(checkpoint_path)
         task = cls.from_spec(checkpoint[SPEC_KEY], trust=trust)
-        try:
-            task.load_state_dict(checkpoint["state_dict"], strict=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).partition(":")[2].split())[:200]
-            raise ValueError(
-                f"{checkpoint_path} does not hold the weights of the model that it describes ({reason}); it was "
-                f"changed after it was written, or a head of its own has changed since: take another"
-            ) from error
+        load_weights(task, checkpoint, checkpoint_path)
         return task.eval()
 
     def forward(self, image: Tensor) -> Tensor:
@@ -230,6 +254,11 @@ class SegmentationTask(L.LightningModule):
         if isinstance(image, Tensor):
             return labels if batched else labels[0]
         return labels[0].cpu().numpy().astype(np.uint8 if len(self.classes) <= 256 else np.int32)
+
+    def on_fit_start(self) -> None:
+        """Compile, where that is asked for."""
+        if self.compiles:
+            self.model.compile_parts()
 
     def on_train_start(self) -> None:
         """Begin a resumed run on this run's curve, if its length has changed."""
@@ -299,13 +328,10 @@ class SegmentationTask(L.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """The optimiser over the parameter groups, and the schedule by step."""
-        groups = parameter_groups(
-            self.model,
-            self.model.backbone,
-            backbone_lr_factor=self.backbone_lr_factor,
-            decay_norm_and_bias=self.decay_norm_and_bias,
-        )
+        groups = self.grouping(self.model, self.model.backbone)
         optimizer = build_optimizer(self.optimizer_factory, groups)
+        if self._resumed is not None:
+            check_resumed(optimizer, *self._resumed)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("the schedule needs to know where training ends; give trainer.max_epochs or max_steps")
@@ -326,6 +352,8 @@ class SegmentationTask(L.LightningModule):
             raise ValueError("this checkpoint was not written by lightning-atrous; it does not say what it is made of")
         self.check_fits(checkpoint[SPEC_KEY])
         self._steps_trained = checkpoint["global_step"]
+        if states := checkpoint.get("optimizer_states"):
+            self._resumed = checkpoint[SPEC_KEY]["optimizer"]["class_path"], states[0]["param_groups"]
 
     def check_fits(self, theirs: dict[str, Any]) -> None:
         """Refuse to go on with what a checkpoint describes, where it is another model, or was trained on other data.

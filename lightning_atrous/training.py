@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +18,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.trainer import Trainer
 from torch.optim import SGD, Optimizer
 
+import lightning_atrous.ema  # noqa: F401  what is imported goes by its bare name in `trainer.callbacks`
 from lightning_atrous.callbacks import FinalValidation, LoggedStep, RunProgress, ScoreTable, WandbRun
 from lightning_atrous.checkpoint import SPEC_KEY, check_classes, read_checkpoint
 from lightning_atrous.complaints import Complaint, clarify
@@ -26,7 +28,7 @@ from lightning_atrous.image_scores import ImageScores
 from lightning_atrous.loggers import LOGGERS, AppendingCSVLogger, complete
 from lightning_atrous.losses import CrossEntropy, Loss
 from lightning_atrous.names import Slots, translate_arguments, translate_yaml
-from lightning_atrous.optim import SGD_RECIPE
+from lightning_atrous.optim import OPTIMIZERS, SGD_RECIPE
 from lightning_atrous.plugins import SyncBatchNorm, WholeCheckpointIO
 from lightning_atrous.preemption import Preemption
 from lightning_atrous.resume import ExactResume
@@ -41,10 +43,17 @@ __all__ = ["TrainingCLI"]
 SLOTS: Slots = {
     "model.head": (HEADS, Head),
     "model.aux_head": (HEADS, Head),
+    "model.optimizer": (OPTIMIZERS, Optimizer),
     "trainer.logger": (LOGGERS, Logger),
 }
 
-CLASSES = {"data": SegmentationData, "model.loss": Loss, "model.loss.losses": Loss, "model.optimizer": Optimizer}
+CLASSES = {
+    "data": SegmentationData,
+    "model.loss": Loss,
+    "model.loss.losses": Loss,
+    "model.optimizer": Optimizer,
+    "trainer.callbacks": Callback,
+}
 
 REPLACED = {"model.head": Head, "model.aux_head": Head, "model.loss": Loss, "model.optimizer": Optimizer}
 """Where options mean one class's own thing, and do not outlive it. Those of the data mean the same to all sources."""
@@ -129,6 +138,13 @@ class TrainingCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs that are ours too, without its printing of results: `ScoreTable` does that."""
         return {verb: {*skip, "verbose"} for verb, skip in LightningCLI.subcommands().items() if verb != "predict"}
+
+    def fit(self, **arguments: Any) -> None:
+        """Run the trainer's, without its astonishment at modules that stay in eval mode because they are frozen."""
+        with warnings.catch_warnings():
+            if self.model.model.frozen:
+                warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
+            self.trainer.fit(**arguments)
 
     def validate(self, **arguments: Any) -> None:
         """Run the trainer's, quietly."""

@@ -135,7 +135,24 @@ MISTYPED = {
     ),
     "optimizer": (
         (*FIT, "--model.optimizer", "SDG"),
-        "model.optimizer: no class is named 'SDG'; did you mean",
+        "model.optimizer: no optimizer is named 'SDG'; did you mean 'SGD'",
+    ),
+    "an optimizer for matrices": (
+        (*FIT, "--model.optimizer", "Muon"),
+        "model.optimizer: Muon only supports 2D parameters",
+    ),
+    "parameters by name": (
+        (*FIT, "--model.parameter_groups", "[{match: haed, lr_factor: 3}]"),
+        "no parameter of the model has a name like 'haed', nor has a module; did you mean 'head'",
+    ),
+    "option of a group": (
+        (*FIT, "--model.parameter_groups", "[{match: head, lr_facto: 3}]"),
+        "model.parameter_groups takes no option 'lr_facto'; did you mean 'lr_factor'?",
+    ),
+    "stages": ((*FIT, "--model.freeze_stages", "9"), "freeze_stages: test_resnet gives 5 maps, got 9; give 0 to 5"),
+    "average": (
+        (*FIT, "--trainer.callbacks+=EMA", "--trainer.callbacks.decay=2"),
+        "EMA: decay must be at least 0 and below 1, got 2.0",
     ),
     "reader": (
         (*FIT, "--data=Folder", "--data.root=.", "--data.reader.mode", "gray"),

@@ -87,7 +87,7 @@ def test_shared_parameters_stand_in_one_group() -> None:
 
 def test_groups_that_cannot_be_are_refused() -> None:
     model = Net()
-    with pytest.raises(ValueError, match=r"backbone_lr_factor must be positive, got 0; .*requires_grad_\(False\)"):
+    with pytest.raises(ValueError, match=r"backbone_lr_factor must be positive, got 0; .* name it in freeze"):
         parameter_groups(model, model.backbone, backbone_lr_factor=0)
     with pytest.raises(ValueError, match="Sequential, given as the backbone, is no part of Net"):
         parameter_groups(model, Net().backbone)

@@ -51,7 +51,9 @@ def _once(dilation: Dilation, image: Tensor, *, training: bool) -> float:
         output = dilation.network(image)
         if training:
             maps = [output] if isinstance(output, Tensor) else list(output)
-            torch.stack([x.float().mean() for x in maps]).sum().backward()
+            total = torch.stack([x.float().mean() for x in maps]).sum()
+            if total.requires_grad:  # not everything is frozen
+                total.backward()
             dilation.network.zero_grad()
     _finish(image)
     return time.perf_counter() - begun
