@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import warnings
@@ -312,8 +313,9 @@ def _run_base(arguments: Sequence[str]) -> Path:
     run_dir = _value_of("--run_dir", arguments)
     config = _value_of("--config", arguments) or _value_of("-c", arguments)
     if run_dir is None and config is not None and Path(config).is_file():
-        written = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-        run_dir = written.get("run_dir") if isinstance(written, dict) else None
+        with contextlib.suppress(yaml.YAMLError, UnicodeDecodeError):  # which the parser words
+            written = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+            run_dir = written.get("run_dir") if isinstance(written, dict) else None
     return Path(run_dir or _default_base([config] if config else []))
 
 
