@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from torchmetrics import Metric
 from lightning_atrous.metrics import class_iou, confusion_matrix
 from lightning_atrous.types import ClassInfo
 
-__all__ = ["BoundaryScore", "BoundaryScores", "near_boundary"]
+__all__ = ["BoundaryFactory", "BoundaryScore", "BoundaryScores", "near_boundary"]
 
 
 @torch.no_grad()
@@ -204,3 +204,7 @@ class BoundaryScore(Metric):
         boundary_iou = self.intersection / self.union
         trimap_iou = torch.stack([class_iou(confusion) for confusion in self.trimap])
         return BoundaryScores(boundary_iou, boundary_iou.nanmean(), self.bands, trimap_iou, trimap_iou.nanmean(dim=1))
+
+
+BoundaryFactory = Callable[[ClassInfo], BoundaryScore]
+"""The class, or the class with its options already given (`functools.partial`)."""

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from torch import Tensor
 
+from lightning_atrous.boundaries import BoundaryScores
 from lightning_atrous.metrics import class_accuracy, class_iou, scores
 from lightning_atrous.task import SegmentationTask
 from lightning_atrous.types import ClassInfo
@@ -221,16 +222,23 @@ class ScoreTable(Callback):
 
     def _print(self, pl_module: L.LightningModule, title: str) -> None:
         assert isinstance(pl_module, SegmentationTask)
-        if pl_module.confusion is not None:
-            self.console.print(score_table(pl_module.confusion, pl_module.classes, title=title))
+        if pl_module.confusion is None:
+            return
+        near = pl_module.evaluation.boundary_scores
+        self.console.print(score_table(pl_module.confusion, pl_module.classes, near, title=title))
+        if near is not None:
+            pairs = zip(near.bands, near.trimap_miou.reshape(-1), strict=True)
+            curve = ", ".join(f"{_percent(miou)} within {band}" for band, miou in pairs)
+            self.console.print(f"mIoU near boundaries: {curve} pixels", highlight=False, soft_wrap=True)
 
 
-def score_table(confusion: Tensor, classes: ClassInfo, *, title: str) -> Table:
+def score_table(confusion: Tensor, classes: ClassInfo, near: BoundaryScores | None = None, *, title: str) -> Table:
     """IoU, accuracy and share of the pixels for every class, and their means.
 
     Args:
         confusion: ``(K, K)`` counts, the target's class in rows.
         classes: Their names.
+        near: Scores near the boundaries; their Boundary IoU gets a column.
         title: Above the table.
     """
     table = Table(title=title, title_justify="left", show_footer=True)
@@ -238,9 +246,13 @@ def score_table(confusion: Tensor, classes: ClassInfo, *, title: str) -> Table:
     table.add_column("class", footer=f"mean over classes\npixel accuracy {summary['pixel_accuracy']}")
     table.add_column("IoU", justify="right", footer=summary["miou"])
     table.add_column("accuracy", justify="right", footer=summary["mean_accuracy"])
+    columns = [class_iou(confusion), class_accuracy(confusion)]
+    if near is not None:
+        table.add_column("boundary IoU", justify="right", footer=_percent(near.boundary_miou))
+        columns.append(near.boundary_iou.reshape(-1))
     table.add_column("pixels", justify="right")
-    share = confusion.sum(1) / confusion.sum().clamp(min=1)
-    for name, *row in zip(classes.names, class_iou(confusion), class_accuracy(confusion), share, strict=True):
+    columns.append(confusion.sum(1) / confusion.sum().clamp(min=1))
+    for name, *row in zip(classes.names, *columns, strict=True):
         table.add_row(name, *map(_percent, row))
     return table
 

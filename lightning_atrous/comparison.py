@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
+from lightning_atrous.boundaries import BoundaryScores
 from lightning_atrous.complaints import Complaint
 from lightning_atrous.files import whole_file
 from lightning_atrous.inference import Inference
@@ -54,6 +56,8 @@ class Row:
     """``miou``, ``pixel_accuracy``, ``mean_accuracy``; nan where nothing was counted."""
     iou: dict[str, float] = field(default_factory=dict)
     """By class."""
+    near: BoundaryScores | None = None
+    """Near the boundaries, where the task takes those scores."""
     seconds: float = 0.0
     """With the reading of the images."""
     refused: str = ""
@@ -178,23 +182,27 @@ class ComparisonCLI(TrainingCLI):
         row.seconds = time.monotonic() - started
         row.scores = {name: value.item() for name, value in scores(self.model.confusion).items()}
         row.iou = dict(zip(self.model.classes.names, class_iou(self.model.confusion).tolist(), strict=True))
+        row.near = evaluation.boundary_scores
         return row
 
     def _table(self) -> Table:
         table = Table(title="validation" if self.subcommand == "validate" else "test", title_justify="left")
         for name in ("output stride", "scales", "flip"):
             table.add_column(name)
-        for name in ("mIoU", "pixel accuracy", "seconds"):
+        near = self.model.boundaries is not None
+        for name in ("mIoU", *["boundary mIoU"] * near, "pixel accuracy", "seconds"):
             table.add_column(name, justify="right")
         for row in self.rows:
             inference = row.setting.inference
             scales = ", ".join(f"{scale:g}" for scale in inference.scales)
             if len(inference.scales) > 3:
                 scales = f"{len(inference.scales)} of {min(inference.scales):g} to {max(inference.scales):g}"
-            found = ["refused", "", ""]
+            found = ["refused"]
             if row.scores:
-                accuracies = (f"{100 * row.scores[name]:.2f}" for name in ("miou", "pixel_accuracy"))
-                found = [*accuracies, f"{row.seconds:.1f}"]
+                shares = [row.scores["miou"], row.scores["pixel_accuracy"]]
+                if row.near is not None:
+                    shares.insert(1, row.near.boundary_miou.item())
+                found = [*(f"{100 * share:.2f}" for share in shares), f"{row.seconds:.1f}"]
             table.add_row(str(row.output_stride), scales, "yes" if inference.flip else "", *found)
         return table
 
@@ -220,12 +228,26 @@ def _plain(row: Row) -> dict[str, Any]:
     told = dataclasses.asdict(row.setting.inference) | {"output_stride": row.output_stride}
     if row.refused:
         return told | {"refused": row.refused}
-    found = row.scores | {"iou": {name: _known(value) for name, value in row.iou.items()}, "seconds": row.seconds}
-    return told | {name: _known(value) if isinstance(value, float) else value for name, value in found.items()}
+    found = {**row.scores, "iou": row.iou, "seconds": row.seconds}
+    if row.near is not None:
+        names, bands = list(row.iou), row.near.bands
+        curves = row.near.trimap_iou.reshape(len(bands), len(names)).T.tolist()
+        found |= {
+            "boundary_miou": row.near.boundary_miou.item(),
+            "boundary_iou": dict(zip(names, row.near.boundary_iou.reshape(-1).tolist(), strict=True)),
+            "trimap_pixels": bands,
+            "trimap_miou": row.near.trimap_miou.reshape(-1).tolist(),
+            "trimap_iou": dict(zip(names, curves, strict=True)),
+        }
+    return told | {name: _known(value) for name, value in found.items()}
 
 
-def _known(value: float) -> float | None:
-    return value if value == value else None
+def _known(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _known(each) for name, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_known(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from lightning_atrous.boundaries import BoundaryScore, BoundaryScores
 from lightning_atrous.inference import WHOLE, Inference, winners
 from lightning_atrous.losses import Loss, mean_over_ranks
 from lightning_atrous.metrics import SegmentationScore, class_iou, scores
@@ -41,6 +43,7 @@ class Evaluation:
         score: Counts the pixels.
         output_stride: Of the backbone meanwhile; that of the training where not given.
         inference: How images are taken through the network.
+        boundaries: Counts them near the boundaries too.
     """
 
     def __init__(
@@ -51,11 +54,14 @@ class Evaluation:
         *,
         output_stride: int | None = None,
         inference: Inference = WHOLE,
+        boundaries: BoundaryScore | None = None,
     ) -> None:
-        self.model, self.loss, self.score = model, loss, score
+        self.model, self.loss, self.score, self.boundaries = model, loss, score, boundaries
         self.output_stride, self.inference = output_stride, inference
         self.trained_as: dict[str, Any] | None = None
         """The backbone's options in training, while it is at another output stride."""
+        self.boundary_scores: BoundaryScores | None = None
+        """Of the last whole data set, where they were asked for."""
         self._totals = torch.zeros(2)  # losses times weights, and weights
 
     def check(self) -> None:
@@ -76,6 +82,8 @@ class Evaluation:
             ValueError: As of `check`.
         """
         self.score.reset()
+        if self.boundaries is not None:
+            self.boundaries.reset()
         device = self.score.device
         wide = torch.float32 if device.type == "mps" else torch.float64  # which Apple's devices do not have
         self._totals = torch.zeros(2, dtype=wide, device=device)
@@ -100,6 +108,8 @@ class Evaluation:
         k = len(self.score.classes)
         # the metric's value for one image is that image's own matrix
         confusion = [self.score(prediction[i : i + 1], target[i : i + 1]).reshape(k, k) for i in range(len(prediction))]
+        if self.boundaries is not None:
+            self.boundaries.update(prediction, target)
         loss = torch.stack([self.loss(view, target) for view in views]).mean()
         weight = self.loss.weight(target)
         counted = loss.new_tensor(len(image)) if weight is None else weight
@@ -112,7 +122,8 @@ class Evaluation:
 
         Returns:
             The confusion matrix ``(K, K)`` of the whole data set, on the CPU, and its ``loss``, ``miou``, ``iou/CLASS``
-            and so on, scalars; the same on every rank.
+            and so on, scalars; the same on every rank. With boundaries also ``boundary_miou``, ``boundary_iou/CLASS``
+            and ``trimap_miou/PIXELS``.
         """
         classes = self.score.classes
         confusion = self.score.compute().cpu().reshape(len(classes), len(classes))
@@ -120,10 +131,25 @@ class Evaluation:
         loss, counted = mean_over_ranks(self._totals)
         self._go_back()
         results = {"loss": (loss / torch.where(counted > 0, counted, 1)).float(), **scores(confusion)}
-        ious = zip(classes.names, class_iou(confusion), strict=True)
-        return confusion, results | {f"iou/{name}": iou for name, iou in ious}
+        results |= {f"iou/{name}": iou for name, iou in zip(classes.names, class_iou(confusion), strict=True)}
+        if self.boundaries is not None:
+            self.boundary_scores = self.boundaries.compute()
+            self.boundaries.reset()
+            results |= _named(self.boundary_scores, classes.names)
+        return confusion, results
 
     def _go_back(self) -> None:
         if self.trained_as is not None:
             self.model.output_stride = self.trained_as["output_stride"]
             self.trained_as = None
+
+
+def _named(found: BoundaryScores, names: Sequence[str]) -> dict[str, Tensor]:
+    """Boundary scores by the names under which they are logged."""
+    ious = zip(names, found.boundary_iou.reshape(-1), strict=True)
+    curve = zip(found.bands, found.trimap_miou.reshape(-1), strict=True)
+    return {
+        "boundary_miou": found.boundary_miou,
+        **{f"boundary_iou/{name}": iou for name, iou in ious},
+        **{f"trimap_miou/{band}": miou for band, miou in curve},
+    }

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_atrous.accumulation import Accumulation
 from lightning_atrous.backbone import TimmBackbone
+from lightning_atrous.boundaries import BoundaryFactory
 from lightning_atrous.checkpoint import SPEC_KEY, check_classes, load_weights, read_checkpoint
 from lightning_atrous.evaluation import Evaluated, Evaluation
 from lightning_atrous.heads import DeepLabV3Plus, HeadFactory
@@ -46,7 +47,7 @@ __all__ = ["Batch", "SegmentationTask"]
 
 
 class Batch(TypedDict):
-    """What the data yields: ``image`` ``(B, C, H, W)`` as read, ``mask`` int64 ``(B, H, W)``, ``name`` of each."""
+    """What the data yields: ``image`` ``(B, C, H, W)`` as read, ``mask`` integer ``(B, H, W)``, ``name`` of each."""
 
     image: Tensor
     mask: Tensor
@@ -84,6 +85,8 @@ class SegmentationTask(L.LightningModule):
             part of what a checkpoint describes.
         inference: How images are taken through the network while validating and testing: whole by default, or in
             windows, at several scales, mirrored too. It is no part of what a checkpoint describes.
+        boundaries: The class of scores near the boundaries, `BoundaryScore`, with its options, where they are wanted
+            beside the others in validations and tests; no part of the checkpoint's description either.
 
     Raises:
         ValueError: Parts that do not fit together, or that a checkpoint could not describe.
@@ -113,6 +116,7 @@ class SegmentationTask(L.LightningModule):
         channels_last: bool = True,
         eval_output_stride: int | None = None,
         inference: Inference = WHOLE,
+        boundaries: BoundaryFactory | None = None,
     ) -> None:
         super().__init__()
         optimizer = optimizer or SGD_RECIPE
@@ -133,6 +137,7 @@ class SegmentationTask(L.LightningModule):
         self.aux_weight = aux_weight
         self.loss = loss(classes)
         self.score = SegmentationScore(classes)
+        self.boundaries = boundaries and boundaries(classes)
         self.confusion: Tensor | None = None
         """The confusion matrix ``(K, K)`` of the last whole evaluation, over all ranks."""
         self.optimizer_factory = optimizer
@@ -154,7 +159,12 @@ class SegmentationTask(L.LightningModule):
         self._steps_trained = 0
         self._resumed: tuple[str, list[dict[str, Any]]] | None = None  # a checkpoint's optimiser, and its groups
         self.evaluation = Evaluation(
-            self.model, self.loss, self.score, output_stride=eval_output_stride, inference=inference
+            self.model,
+            self.loss,
+            self.score,
+            output_stride=eval_output_stride,
+            inference=inference,
+            boundaries=self.boundaries,
         )
         self.evaluation.check()  # what is refused is refused now, before a step is done
         if channels_last:
@@ -273,14 +283,15 @@ class SegmentationTask(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of one batch."""
         logits, aux = self.model.forward_train(self._image(batch))
-        loss = self.loss(logits, batch["mask"])
+        mask = batch["mask"].long()
+        loss = self.loss(logits, mask)
         if aux is not None:
-            loss = loss + self.aux_weight * self.loss(aux, batch["mask"])
+            loss = loss + self.aux_weight * self.loss(aux, mask)
         # not by `sync_dist`, which stops all ranks at a barrier in every step
         self.log("train/loss", mean_over_ranks(loss.detach()), prog_bar=True, batch_size=len(batch["image"]))
         if self._accumulation is None:
             return loss
-        return self._accumulation.weigh(loss, batch["mask"], self.loss.weight(batch["mask"]))
+        return self._accumulation.weigh(loss, mask, self.loss.weight(mask))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Make accumulated gradients those of one batch; they are unscaled by now, and not yet clipped."""
@@ -297,11 +308,11 @@ class SegmentationTask(L.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Evaluated:
         """Score one batch; what comes of it is there for callbacks."""
-        return self.evaluation.step(self._image(batch), batch["mask"])
+        return self.evaluation.step(self._image(batch), batch["mask"].long())
 
     def test_step(self, batch: Batch, batch_idx: int) -> Evaluated:
         """Score one batch; what comes of it is there for callbacks."""
-        return self.evaluation.step(self._image(batch), batch["mask"])
+        return self.evaluation.step(self._image(batch), batch["mask"].long())
 
     def _image(self, batch: Batch) -> Tensor:
         return self.in_memory_format(batch["image"])

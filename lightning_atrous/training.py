@@ -20,6 +20,7 @@ from lightning.pytorch.trainer import Trainer
 from torch.optim import SGD, Optimizer
 
 import lightning_atrous.ema  # noqa: F401  what is imported goes by its bare name in `trainer.callbacks`
+from lightning_atrous.boundaries import BoundaryScore
 from lightning_atrous.callbacks import FinalValidation, LoggedStep, RunProgress, ScoreTable, WandbRun
 from lightning_atrous.checkpoint import SPEC_KEY, check_classes, read_checkpoint
 from lightning_atrous.complaints import Complaint, clarify
@@ -53,6 +54,7 @@ CLASSES = {
     "model.loss": Loss,
     "model.loss.losses": Loss,
     "model.optimizer": Optimizer,
+    "model.boundaries": BoundaryScore,
     "trainer.callbacks": Callback,
 }
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import lightning_atrous
 from lightning_atrous import ClassInfo, SegmentationTask, TimmBackbone
+from lightning_atrous.boundaries import BoundaryScore
 from lightning_atrous.cli import main
 from lightning_atrous.comparison import SCALES, grid
 from lightning_atrous.data import Shapes
@@ -96,6 +97,36 @@ def test_every_row_is_the_evaluation_that_it_names(here: Path, capsys: pytest.Ca
     assert printed.count("- test_resnet cannot run at output stride 12") == 1
     assert f"{100 * rows[0]['miou']:.2f}" in printed
     assert "lowest mIoU" not in printed
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+def test_boundaries_are_scored_where_they_are_asked_for(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ("--model.boundaries", "BoundaryScore", "--model.boundaries.bands", "[2, 5]")
+    main(["evaluate", str(here), "--output_stride", "16", "8", "--json", "b.json", *asked])
+    rows = json.loads(Path("b.json").read_text())["rows"]
+    data = Shapes(size=48, val_length=6, num_workers=0)
+    for row in rows:
+        task = lightning_atrous.load(here)
+        task.model.output_stride = row["output_stride"]
+        expected = BoundaryScore(task.classes, bands=(2, 5))
+        for sample in data.val_dataloader():
+            expected.update(task.predict(sample["image"]), sample["mask"])
+        found = expected.compute()
+        assert row["boundary_miou"] == pytest.approx(found.boundary_miou.item())
+        assert row["trimap_pixels"] == [2, 5]
+        assert row["trimap_miou"] == pytest.approx(found.trimap_miou.tolist())
+        for k, name in enumerate(task.classes.names):
+            pairs = [(row["boundary_iou"][name], found.boundary_iou[k].item())]
+            pairs += zip(row["trimap_iou"][name], found.trimap_iou[:, k].tolist(), strict=True)
+            for written, own in pairs:
+                assert written is None if np.isnan(own) else written == pytest.approx(own)
+    assert rows[0]["boundary_miou"] != rows[1]["boundary_miou"]
+    printed = capsys.readouterr().out
+    assert f"{100 * rows[0]['boundary_miou']:.2f}" in printed
+    main(["evaluate", str(here), *asked])
+    printed = capsys.readouterr().out
+    assert f"{100 * rows[0]['trimap_miou'][0]:.2f} within 2, " in printed
+    assert "boundary IoU" in printed
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")

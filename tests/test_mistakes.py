@@ -120,6 +120,10 @@ MISTYPED = {
         "2 class_weights for 7 classes",
     ),
     "loss": ((*FIT, "--model.loss", "Dise"), "model.loss: no class is named 'Dise'; did you mean 'Dice'?"),
+    "boundaries": (
+        (*FIT, "--model.boundaries", "BoundaryScore", "--model.boundaries.bands", "[4, 2]"),
+        "bands are whole numbers of pixels from 1 on, each greater than the last, got [4, 2]",
+    ),
     "loss option": ((*FIT, "--model.loss", "OHEM", "--model.loss.treshold", "0.5"), "did you mean 'threshold'"),
     "loss in a sum": (
         (*FIT, "--model.loss", "WeightedSum", "--model.loss.losses", "[CrossEntropy, {class_path: Lovas}]"),

@@ -151,6 +151,17 @@ def test_a_step_is_the_textbook_loss_and_trains_everything(b: int, monkeypatch: 
     assert not missing
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_masks_come_in_any_whole_numbers(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SegmentationTask, "log", lambda *_, **__: None)
+    given = batch()
+    given["mask"][0, :4] = 255 if dtype == torch.uint8 else -1
+    this = task(classes=ClassInfo(("a", "b", "c"), ignore_index=int(given["mask"][0, 0, 0]))).eval()
+    narrow = {**given, "mask": given["mask"].to(dtype)}
+    assert torch.equal(this.training_step(narrow, 0), this.training_step(given, 0))
+    assert torch.equal(this.validation_step(narrow, 0)["confusion"], this.validation_step(given, 0)["confusion"])
+
+
 def test_memory_format_changes_no_number() -> None:
     sample = batch()["image"]
     one, other = task(channels_last=True).eval(), task(channels_last=False).eval()

@@ -203,12 +203,12 @@ def _ignore_signals(worker: int) -> None:
 class SegmentationData(LightningDataModule, ABC):
     """Batches for training and evaluation; a source of data implements `build`.
 
-    A batch is ``{"image": uint8 (B, C, H, W), "mask": int64 (B, H, W), "name": list of B}``, the image float32 in 0..1
-    where the reader has a range of values. Its mask comes from the loader as the samples have it, most often in uint8,
-    and becomes int64 on the device. Images are not normalised: that is the model's. Training batches are
-    shuffled and augmented by the seed of `lightning.seed_everything`, the epoch and the index alone, whatever the
-    number of workers and devices; a last batch that is not full is left out, unless it is the only one. Evaluation
-    batches are whole images in their own size, in the order of the source, each counted once on however many ranks.
+    A batch is ``{"image": uint8 (B, C, H, W), "mask": integer (B, H, W), "name": list of B}``, the image float32 in
+    0..1 where the reader has a range of values, the mask as the samples have it, most often uint8: the task widens it
+    on the device. Images are not normalised: that is the model's. Training batches are shuffled and augmented by the
+    seed of `lightning.seed_everything`, the epoch and the index alone, whatever the number of workers and devices; a
+    last batch that is not full is left out, unless it is the only one. Evaluation batches are whole images in their own
+    size, in the order of the source, each counted once on however many ranks.
 
     Args:
         classes: Of the masks; an attribute from here on.
@@ -305,10 +305,6 @@ class SegmentationData(LightningDataModule, ABC):
     def test_dataloader(self) -> DataLoader:
         """Whole images of the test split."""
         return self._eval_loader("test")
-
-    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Widen the mask to int64, now that it is where the loss needs it so."""
-        return {**batch, "mask": batch["mask"].long()}
 
     def share_of(self, ranks: int) -> int:
         """How many images of a training batch each of several processes takes.
