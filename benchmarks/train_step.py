@@ -117,7 +117,9 @@ def ours(name: str, channels_last: bool) -> SegmentationTask:
     elif name == "smp":
         task = from_smp(theirs(name), classes=named).task
     elif name == "camvid":
-        backbone = TimmBackbone("mobilenetv2_100", pretrained=False, timm_options={"pad_type": "same"})
+        # as `fit` would choose it on the first batch, so that both loops run the same
+        same = {"timm_options": {"pad_type": "same"}, "execution": "split"}
+        backbone = TimmBackbone("mobilenetv2_100", pretrained=False, **same)
         task = SegmentationTask(backbone, classes=named)
     else:
         task = SegmentationTask.from_spec(mmseg_spec(named))
