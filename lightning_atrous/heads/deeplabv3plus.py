@@ -45,8 +45,7 @@ class DeepLabV3Plus(Head):
         project_kernel: Of the pyramid's projection; 3 in mmsegmentation.
         aspp_convs: How many 3×3 convolutions follow the pyramid; 1 in SMP.
         dropout: After the pyramid's projection.
-        align_corners: How the pyramid is raised to the low levels; aligned in SMP, and then by the whole ratio of their
-            strides, whatever the image ends in.
+        align_corners: How the pyramid is raised to the low levels; aligned in SMP.
         upsampling: By how much the head raises its own logits, with corners aligned, as SMP's models do. At 1 they stay
             at their stride, for whoever asks to raise.
 
@@ -96,10 +95,8 @@ class DeepLabV3Plus(Head):
         share("dropout", dropout)
         self.rates, self.rates_at = tuple(rates), rates_at
         self.align_corners, self.upsampling = align_corners, upsampling
-        self.low_strides = tuple(low_levels)
         self.low_levels = tuple(level_of_reduction(info, stride, "deeplabv3plus") for stride in low_levels)
         last = info[-1]
-        self.stride = last.reduction
         self.aspp = ASPP(
             last.channels,
             channels,
@@ -128,20 +125,14 @@ class DeepLabV3Plus(Head):
 
     def retarget(self, info: Sequence[FeatureInfo]) -> None:
         """Scale the pyramid's rates to the new stride."""
-        self.stride = info[-1].reduction
-        self.aspp.rates = rates_at_reduction(self.rates, self.rates_at, self.stride)
+        self.aspp.rates = rates_at_reduction(self.rates, self.rates_at, info[-1].reduction)
 
     def forward(self, features: Features) -> Tensor:
         """Scores at the stride of the finest low level."""
-        x, stride = self.refine_aspp(self.aspp(features[-1])), self.stride
-        steps = zip(self.low_strides, self.low_levels, self.reduce, self.refine, strict=True)
-        for finer, i, reduce, refine in reversed(list(steps)):
+        x = self.refine_aspp(self.aspp(features[-1]))
+        for i, reduce, refine in reversed(list(zip(self.low_levels, self.reduce, self.refine, strict=True))):
             low = reduce(features[i])
-            x = refine(torch.cat([self._raised(x, stride // finer, low), low], dim=1))
-            stride = finer
+            high = resize(x, low.shape[-2:], align_corners=self.align_corners)
+            x = refine(torch.cat([high, low], dim=1))
         logits = self.classifier(x)
         return logits if self.upsampling == 1 else enlarge(logits, self.upsampling)
-
-    def _raised(self, x: Tensor, times: int, low: Tensor) -> Tensor:
-        height, width = low.shape[-2:]
-        return enlarge(x, times)[..., :height, :width] if self.align_corners else resize(x, (height, width))
