@@ -31,6 +31,7 @@ TOLD = {
     "psp": {"channels": 64},
     "rfb": {"channels": 64},
     "segformer": {"segmentation_channels": 64},
+    "unetplusplus": {"channels": "[64,48,32,16,16]", "trainer.max_epochs": 3},
     "upernet": {"channels": 64},
 }
 """Papers' rates reach beyond a map of 8×8 altogether, and their widths are for backbones ten times as wide."""

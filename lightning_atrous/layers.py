@@ -130,7 +130,8 @@ class Normalize(nn.Module):
                 f"expected images of shape (B, {self.preprocess.channels}, H, W), got {tuple(image.shape)}"
             )
         if image.dtype == torch.uint8:
-            return torch.addcmul(self.shift, image.to(self.scale.dtype), self.scale / 255)
+            # in the memory that the conversion took: new memory costs more than the arithmetic
+            return image.to(self.scale.dtype).mul_(self.scale / 255).add_(self.shift)
         if not image.is_floating_point():
             raise ValueError(f"expected a uint8 image in 0..255 or a floating one in 0..1, got {image.dtype}")
         return torch.addcmul(self.shift, image.to(self.scale.dtype), self.scale)
