@@ -51,14 +51,15 @@ class Model(NamedTuple):
     batch: int
     side: int
     classes: int
-    loop: str
+    what: str
+    loop: str = "a bare loop"
 
 
 MODELS = {
-    "torchvision": Model(2, 480, 21, "torchvision's DeepLabV3-R50 and auxiliary FCN (OS 8), its reference loop"),
-    "smp": Model(2, 512, 19, "SMP's DeepLabV3+-R50 (OS 16), a plain loop"),
-    "camvid": Model(8, 320, 11, "configs/camvid.yaml: DeepLabV3+-MobileNetV2 (OS 16), a bare loop"),
-    "mmseg": Model(2, 512, 19, "mmsegmentation's DeepLabV3+-R50-D8 and auxiliary FCN, its own step"),
+    "torchvision": Model(2, 480, 21, "torchvision's DeepLabV3-R50 and auxiliary FCN (OS 8)", "its reference loop"),
+    "smp": Model(2, 512, 19, "SMP's DeepLabV3+-R50 (OS 16)", "a plain loop"),
+    "camvid": Model(8, 320, 11, "configs/camvid.yaml: DeepLabV3+-MobileNetV2 (OS 16)"),
+    "mmseg": Model(2, 512, 19, "mmsegmentation's DeepLabV3+-R50-D8 and auxiliary FCN", "its own step"),
 }
 
 
@@ -331,12 +332,14 @@ def table(options: argparse.Namespace) -> Iterator[str]:
         "| theirs | ours | theirs | ours | ours / theirs | at most | theirs, memory | ours, memory | ours / theirs |\n"
         "|---|---|---:|---:|---:|---:|---:|---:|---:|"
     )
-    for name in options.only:
-        row = ROWS[name]
+    for asked in options.only:
+        row = ROWS[asked]
         if row.theirs.startswith("mmseg") and not options.mmseg:
             continue
-        model, _, *how = row.theirs.split()
-        theirs, ours = f"{MODELS[model].loop}; {', '.join(how)}", ", ".join(row.ours.split()[2:])
+        name, kind, *how = row.theirs.split()
+        model = MODELS[name]
+        loop = "a bare loop" if kind == "bare" else model.loop
+        theirs, ours = f"{model.what}, {loop}; {', '.join(how)}", ", ".join(row.ours.split()[2:])
         yield f"| {theirs} | {ours} | {measure(row, options)} |"
 
 
