@@ -38,6 +38,9 @@ data: {class_path: Shapes, init_args: {size: 48, train_length: 12, val_length: 6
 """
 """A run of seconds: timm's smallest residual network on small shapes."""
 
+PEAK_KIB = 'int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])'
+"""The largest resident size of a process so far; `resource` would begin with that of the process that started it."""
+
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:

