@@ -171,6 +171,37 @@ def test_an_interrupted_run_says_so(workdir: Path) -> None:
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
+def test_a_preempted_run_goes_on_to_the_bit(command: Command, workdir: Path) -> None:
+    """SIGTERM to the process alone, as from a queue; the same command then goes on."""
+    fit = ("fit", "--config", "tiny.yaml", "--trainer.max_epochs", "25")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lightning_atrous", *fit],
+        cwd=workdir,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    while not (workdir / "runs/tiny/checkpoints/best.ckpt").is_file():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)  # to some step of a later epoch
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "stopped by SIGTERM after step " in output
+    command(*fit, "--ckpt_path", "last")
+    command(*fit, "--run_dir", "runs/whole")
+
+    def losses(run: str) -> list[tuple[str, str]]:
+        with (workdir / "runs" / run / "metrics.csv").open(newline="") as file:
+            return [(row["step"], row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+
+    assert len(losses("whole")) == 75
+    assert losses("tiny") == losses("whole")
+
+
 def test_a_plugin_is_installed_listed_and_trained(command: Command, workdir: Path) -> None:
     site = workdir / "site"
     subprocess.run(
