@@ -289,7 +289,7 @@ def _headline(task: SegmentationTask) -> str:
     if task.evaluation.output_stride not in (None, backbone.output_stride):
         stride += f", scored at {task.evaluation.output_stride}"
     if task.evaluation.inference.summary:
-        stride += f", scored in {task.evaluation.inference.summary}"
+        stride += f", scored {task.evaluation.inference.summary}"
     return (
         f"{backbone.name} at output stride {stride} → {type(task.model.head).__name__} → "
         f"{len(task.classes)} classes, {parameters / 1e6:.1f} M parameters"

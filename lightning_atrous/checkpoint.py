@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_atrous.heads import HEADS
+from lightning_atrous.images import Reader
 from lightning_atrous.spec import build
 
-__all__ = ["SPEC_KEY", "check_classes", "load_weights", "read_checkpoint"]
+__all__ = ["SPEC_KEY", "check_classes", "check_fits", "check_shapes", "load_weights", "read_checkpoint"]
 
 SPEC_KEY = "lightning_atrous"
 """Where in a checkpoint the description stands from which the task is built again."""
@@ -73,3 +74,54 @@ def load_weights(module: nn.Module, checkpoint: dict[str, Any], path: str | os.P
             f"{path} does not hold the weights of the model that it describes ({reason}); it was changed after it was "
             f"written, or a head of its own has changed since: take another"
         ) from error
+
+
+def check_fits(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Refuse to go on with what a checkpoint describes, where it is another model, or was trained on other data.
+
+    Args:
+        theirs: The checkpoint's description.
+        ours: That of the task which is to go on.
+
+    Raises:
+        ValueError: What differs.
+    """
+    for what, key in (("backbone", "name"), ("head", "class_path")):
+        if theirs[what][key] != ours[what][key]:
+            raise ValueError(
+                f"the checkpoint's {what} is {theirs[what][key]}, but this run builds {ours[what][key]}; "
+                f"give the same model, or leave it out and the checkpoint's own is built"
+            )
+    if tuple(theirs["classes"]["names"]) != tuple(ours["classes"]["names"]):
+        raise ValueError(
+            f"the checkpoint was trained on the classes {', '.join(theirs['classes']['names'])}, but the data has "
+            f"{', '.join(ours['classes']['names'])}; give data of the same classes"
+        )
+    readers = Reader(**theirs["reader"]), Reader(**ours["reader"])
+    if readers[0] != readers[1]:
+        raise ValueError(
+            f"the checkpoint was trained on images read with {readers[0]}, but the data is read with {readers[1]}; "
+            f"give the same data.reader"
+        )
+
+
+def check_shapes(weights: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Refuse weights that have no place in a model, before torch lists all of them.
+
+    Args:
+        weights: A checkpoint's.
+        model: Of the same backbone and head by name, but perhaps with other options.
+
+    Raises:
+        ValueError: A name that is only on one side, or another shape.
+    """
+    places = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in (*places, *given):
+        if places.get(name) != given.get(name):
+            shapes = given.get(name, "missing"), places.get(name, "not there")
+            raise ValueError(
+                f"the checkpoint's weights do not fit the model that this run builds: {name} is {shapes[0]} in the "
+                f"file and {shapes[1]} in the model; give the options of backbone and heads that it was trained with, "
+                f"or leave them out"
+            )

@@ -106,7 +106,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     run = ComparisonCLI(
         [
             {"val": "validate", "test": "test"}[options.split],
-            *_data_of_run(checkpoint, others),
+            *_options_of_run(checkpoint, others),
             *(() if options.precision is None else ("--trainer.precision", PRECISIONS[options.precision])),
             *others,
             "--ckpt_path",
@@ -207,8 +207,8 @@ class ComparisonCLI(TrainingCLI):
         return table
 
 
-def _data_of_run(checkpoint: Path, others: Sequence[str]) -> list[str]:
-    """The data on which a checkpoint's own run was validated, where nothing else is asked for."""
+def _options_of_run(checkpoint: Path, others: Sequence[str]) -> list[str]:
+    """The data and the precision with which a checkpoint's own run was validated, where nothing else is asked for."""
     given = {other.partition("=")[0] for other in others}
     if given & {"--config", "-c", "--data", "--data.class_path"} or checkpoint.absolute().parent.name != CHECKPOINTS:
         return []
@@ -220,7 +220,12 @@ def _data_of_run(checkpoint: Path, others: Sequence[str]) -> list[str]:
     if not configs:
         return []
     written = yaml.safe_load(configs[max(configs)].read_text(encoding="utf-8"))
-    return ["--data", json.dumps(written["data"])]
+    precision = written.get("trainer", {}).get("precision")
+    return [
+        "--data",
+        json.dumps(written["data"]),
+        *(() if precision is None else ("--trainer.precision", str(precision))),
+    ]
 
 
 def _plain(row: Row) -> dict[str, Any]:
@@ -254,8 +259,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lightning-atrous evaluate",
         usage="lightning-atrous evaluate CHECKPOINT [OPTIONS] [options of validate: --config, --data, --trainer, ...]",
-        description="Scores a checkpoint on the images of its own run, or on those of --config and --data; at one "
-        "output stride or at several, whole or in windows, at several scales, flipped too.",
+        description="Scores a checkpoint on the images of its own run and in its precision, or by --config and "
+        "--data; at one output stride or at several, whole or in windows, at several scales, flipped too. What is not "
+        "said here is not done, whatever the run itself did: the output stride is that of the training, an image is "
+        "seen whole.",
         allow_abbrev=False,
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a .ckpt file that a run has written")
@@ -274,6 +281,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_inference_options(parser)
     parser.add_argument("--split", choices=("val", "test"), default="val", help="%(default)s by default")
-    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="of the network; 32 by default")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), help="of the network; that of the run by default")
     parser.add_argument("--json", metavar="FILE", help="where to write all numbers, of every class too")
     return parser

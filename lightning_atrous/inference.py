@@ -65,9 +65,9 @@ class Inference:
     @property
     def summary(self) -> str:
         """In a few words; none where the image is seen as it is, once."""
-        parts = [] if self.window is None else [f"windows of {self.window[0]}×{self.window[1]}"]
+        parts = [] if self.window is None else [f"in windows of {self.window[0]}×{self.window[1]}"]
         if self.scales != (1.0,):
-            parts.append(f"{'sizes' if len(self.scales) > 1 else 'size'} {', '.join(f'{s:g}' for s in self.scales)}")
+            parts.append(f"at {'sizes' if len(self.scales) > 1 else 'size'} {', '.join(f'{s:g}' for s in self.scales)}")
         return " and ".join([", ".join(parts)] * bool(parts) + ["flipped"] * self.flip)
 
     def check(self, grid: int) -> None:

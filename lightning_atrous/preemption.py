@@ -65,7 +65,9 @@ class Preemption(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Take the signals over from Lightning, which puts back what was there before it."""
-        self._signal, self._speaks = 0, trainer.is_global_zero
+        # one that came while the training was set up, and that Lightning has noted
+        self._signal = signal.SIGTERM if trainer.received_sigterm else 0
+        self._speaks = trainer.is_global_zero
         if trainer.world_size > 1:
             # of the CPUs: asking through the GPU would wait for all it has still to do
             self._group = dist.new_group(backend="gloo")

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch.distributed as dist
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, WeightAveraging
 
 from lightning_atrous.data import SegmentationData
 from lightning_atrous.randomness import random_state, set_random_state
@@ -75,7 +75,15 @@ class ExactResume(Callback):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Go to the place, before the order of the images is made."""
-        if trainer.state.fn != "fit" or KEY not in checkpoint:
+        if trainer.state.fn != "fit":
+            return
+        averages = any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        if "averaging_state" in checkpoint and not averages:
+            raise ValueError(
+                "the checkpoint's weights are averages, from which a training cannot go on as from its own; give the "
+                "callback by which it averaged again, such as --trainer.callbacks+=EMA"
+            )
+        if KEY not in checkpoint:
             return
         state = checkpoint[KEY]
         self._restored = state

@@ -19,7 +19,14 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_atrous.accumulation import Accumulation
 from lightning_atrous.backbone import TimmBackbone
 from lightning_atrous.boundaries import BoundaryFactory
-from lightning_atrous.checkpoint import SPEC_KEY, check_classes, load_weights, read_checkpoint
+from lightning_atrous.checkpoint import (
+    SPEC_KEY,
+    check_classes,
+    check_fits,
+    check_shapes,
+    load_weights,
+    read_checkpoint,
+)
 from lightning_atrous.evaluation import Evaluated, Evaluation
 from lightning_atrous.heads import DeepLabV3Plus, HeadFactory
 from lightning_atrous.images import RGB, Reader, as_image
@@ -38,7 +45,9 @@ from lightning_atrous.optim import (
     build_optimizer,
     check_optimizer,
     check_resumed,
+    options_of,
     realign,
+    take_options,
 )
 from lightning_atrous.spec import describe
 from lightning_atrous.types import ClassInfo, Preprocess
@@ -157,6 +166,7 @@ class SegmentationTask(L.LightningModule):
         self.channels_last = channels_last
         self._accumulation: Accumulation | None = None
         self._steps_trained = 0
+        self._options: list[dict[str, Any]] = []  # of the optimiser's groups, before the schedule
         self._resumed: tuple[str, list[dict[str, Any]]] | None = None  # a checkpoint's optimiser, and its groups
         self.evaluation = Evaluation(
             self.model,
@@ -271,9 +281,10 @@ class SegmentationTask(L.LightningModule):
             self.model.compile_parts()
 
     def on_train_start(self) -> None:
-        """Begin a resumed run on this run's curve, if its length has changed."""
+        """Begin a resumed run with this run's options and on its curve, if they have changed."""
         for config in self.trainer.lr_scheduler_configs:
             assert isinstance(config.scheduler, LambdaLR)
+            take_options(config.scheduler, self._options)
             realign(config.scheduler)
 
     def on_train_epoch_start(self) -> None:
@@ -343,6 +354,7 @@ class SegmentationTask(L.LightningModule):
         optimizer = build_optimizer(self.optimizer_factory, groups)
         if self._resumed is not None:
             check_resumed(optimizer, *self._resumed)
+        self._options = options_of(optimizer)
         steps = self.trainer.estimated_stepping_batches
         if steps == float("inf"):
             raise ValueError("the schedule needs to know where training ends; give trainer.max_epochs or max_steps")
@@ -362,6 +374,7 @@ class SegmentationTask(L.LightningModule):
         if SPEC_KEY not in checkpoint:
             raise ValueError("this checkpoint was not written by lightning-atrous; it does not say what it is made of")
         self.check_fits(checkpoint[SPEC_KEY])
+        check_shapes(checkpoint["state_dict"], self)
         self._steps_trained = checkpoint["global_step"]
         if states := checkpoint.get("optimizer_states"):
             self._resumed = checkpoint[SPEC_KEY]["optimizer"]["class_path"], states[0]["param_groups"]
@@ -372,21 +385,4 @@ class SegmentationTask(L.LightningModule):
         Raises:
             ValueError: What differs.
         """
-        ours = self.spec
-        for what, key in (("backbone", "name"), ("head", "class_path")):
-            if theirs[what][key] != ours[what][key]:
-                raise ValueError(
-                    f"the checkpoint's {what} is {theirs[what][key]}, but this run builds {ours[what][key]}; "
-                    f"give the same model, or leave it out and the checkpoint's own is built"
-                )
-        if tuple(theirs["classes"]["names"]) != self.classes.names:
-            raise ValueError(
-                f"the checkpoint was trained on the classes {', '.join(theirs['classes']['names'])}, but the data has "
-                f"{', '.join(self.classes.names)}; give data of the same classes"
-            )
-        reader = Reader(**theirs["reader"])
-        if reader != self.reader:
-            raise ValueError(
-                f"the checkpoint was trained on images read with {reader}, but the data is read with {self.reader}; "
-                f"give the same data.reader"
-            )
+        check_fits(theirs, self.spec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.trainer import Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.optim import SGD, Optimizer
 
 import lightning_atrous.ema  # noqa: F401  what is imported goes by its bare name in `trainer.callbacks`
@@ -32,7 +34,7 @@ from lightning_atrous.losses import CrossEntropy, Loss
 from lightning_atrous.names import Slots, translate_arguments, translate_yaml
 from lightning_atrous.optim import OPTIMIZERS, SGD_RECIPE
 from lightning_atrous.plugins import SyncBatchNorm, WholeCheckpointIO
-from lightning_atrous.preemption import Preemption
+from lightning_atrous.preemption import Preemption, Stopped
 from lightning_atrous.resume import ExactResume
 from lightning_atrous.runs import CHECKPOINTS, claim, find_checkpoint, find_requeued, fresh_directory, run_of
 from lightning_atrous.spec import describe
@@ -114,28 +116,34 @@ class TrainingCLI(LightningCLI):
         self.first_step = 0
         self.wandb_run: dict[str, str] = {}
         self.checkpoint: dict[str, Any] | None = None  # what it says of itself
-        super().__init__(
-            SegmentationTask,
-            SegmentationData,
-            subclass_mode_data=True,
-            save_config_callback=ConfigSaver,
-            save_config_kwargs={"save_to_log_dir": False},
-            trainer_defaults={
-                "enable_model_summary": False,
-                "num_sanity_val_steps": 0,
-                "log_every_n_steps": 10,
-            },
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={
-                "prog": "lightning-atrous",
-                "allow_abbrev": False,
-                **{verb: {"prog": f"lightning-atrous {verb}", "allow_abbrev": False} for verb in self.subcommands()},
-            },
-            args=list(arguments),
-            auto_configure_optimizers=False,
-            load_from_checkpoint_support=False,
-        )
+        try:
+            super().__init__(
+                SegmentationTask,
+                SegmentationData,
+                subclass_mode_data=True,
+                save_config_callback=ConfigSaver,
+                save_config_kwargs={"save_to_log_dir": False},
+                trainer_defaults={
+                    "enable_model_summary": False,
+                    "num_sanity_val_steps": 0,
+                    "log_every_n_steps": 10,
+                },
+                seed_everything_default=0,
+                parser_class=Parser,
+                parser_kwargs={
+                    "prog": "lightning-atrous",
+                    "allow_abbrev": False,
+                    **{
+                        verb: {"prog": f"lightning-atrous {verb}", "allow_abbrev": False} for verb in self.subcommands()
+                    },
+                },
+                args=list(arguments),
+                auto_configure_optimizers=False,
+                load_from_checkpoint_support=False,
+            )
+        except SIGTERMException as error:  # of Lightning, which would end with exit code 0
+            print("lightning-atrous: stopped by SIGTERM, with nothing to save", file=sys.stderr)
+            raise Stopped(128 + signal.SIGTERM) from error
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -275,6 +283,17 @@ class TrainingCLI(LightningCLI):
                 raise Complaint(
                     "trainer.sync_batchnorm was asked for on the CPU, where torch has none; give "
                     "--trainer.sync_batchnorm false, or --trainer.devices 1",
+                    exit_code=2,
+                )
+            if trainer.accumulate_grad_batches < 1:
+                raise Complaint(
+                    f"trainer.accumulate_grad_batches must be at least 1, got {trainer.accumulate_grad_batches}",
+                    exit_code=2,
+                )
+            if (trainer.gradient_clip_val or 0) < 0:
+                raise Complaint(
+                    f"trainer.gradient_clip_val must not be negative, got {trainer.gradient_clip_val}; leave it out to "
+                    f"clip nothing",
                     exit_code=2,
                 )
             if trainer.max_epochs == trainer.max_steps == -1:

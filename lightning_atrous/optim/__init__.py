@@ -7,6 +7,8 @@ from lightning_atrous.optim.build import (
     build_optimizer,
     check_optimizer,
     check_resumed,
+    options_of,
+    take_options,
 )
 from lightning_atrous.optim.freezing import Freezing
 from lightning_atrous.optim.groups import Grouping, ParameterGroup, parameter_groups
@@ -24,6 +26,8 @@ __all__ = [
     "build_optimizer",
     "check_optimizer",
     "check_resumed",
+    "options_of",
     "parameter_groups",
     "realign",
+    "take_options",
 ]

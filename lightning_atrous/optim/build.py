@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,19 +11,32 @@ import timm.optim
 import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_atrous.registry import Registry
 
-__all__ = ["OPTIMIZERS", "SGD_RECIPE", "OptimizerFactory", "build_optimizer", "check_optimizer", "check_resumed"]
+__all__ = [
+    "OPTIMIZERS",
+    "SGD_RECIPE",
+    "OptimizerFactory",
+    "build_optimizer",
+    "check_optimizer",
+    "check_resumed",
+    "options_of",
+    "take_options",
+]
 
 OptimizerFactory = Callable[[Iterable[Any]], Optimizer]
 """An optimiser class, or one with its options already given (`functools.partial`)."""
 
 OPTIMIZERS: Registry[Optimizer] = Registry("optimizer", "lightning_atrous.optimizers")
-"""torch's and timm's by their bare names; of two that share one, torch's. timm's goes by its import path then."""
+"""torch's and timm's by their bare names; of two that share one, torch's. timm's goes by its import path then.
+
+Lookahead is none of them: it is made of another optimiser, not of parameters.
+"""
 
 for _name, _class in {**vars(timm.optim), **vars(torch.optim)}.items():
-    if isinstance(_class, type) and issubclass(_class, Optimizer) and _class is not Optimizer:
+    if isinstance(_class, type) and issubclass(_class, Optimizer) and _name not in ("Optimizer", "Lookahead"):
         OPTIMIZERS.register(_name)(_class)
 
 SGD_RECIPE: OptimizerFactory = functools.partial(SGD, lr=0.01, momentum=0.9, weight_decay=5e-4)
@@ -45,9 +59,14 @@ def check_optimizer(factory: OptimizerFactory) -> None:
     ]
     try:
         optimizer = build_optimizer(factory, groups)
-    except (AttributeError, TypeError, ValueError) as error:  # the first of what wraps another optimiser
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"model.optimizer: {error}; correct its options, or take another") from error
     name = type(optimizer).__name__
+    if isinstance(optimizer, torch.optim.Rprop):
+        raise ValueError(
+            "model.optimizer: Rprop takes its steps' sizes from the learning rate once, so that no schedule reaches "
+            "it; take another"
+        )
     if hasattr(optimizer, "eval"):
         raise ValueError(
             f"model.optimizer: {name} is free of a schedule, and has other weights in validation than in training; "
@@ -58,10 +77,30 @@ def check_optimizer(factory: OptimizerFactory) -> None:
             parameter.grad = torch.zeros_like(parameter)
     try:
         optimizer.step()
-    except AssertionError:  # options for a device that these parameters are not on, such as `capturable`
-        return
+    except AssertionError as error:  # options for a device that these parameters are not on, such as `capturable`
+        if torch.accelerator.is_available():
+            return
+        raise ValueError(f"model.optimizer: {error}; leave that option out on the CPU") from error
     except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"model.optimizer: {name} makes no step in this training: {error}; take another") from error
+
+
+def options_of(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """What each group of an optimiser was built with, without what an optimiser keeps there for itself."""
+    names = inspect.signature(type(optimizer)).parameters
+    return [{key: group[key] for key in group if key in names and key != "params"} for group in optimizer.param_groups]
+
+
+def take_options(scheduler: LambdaLR, options: Iterable[Mapping[str, Any]]) -> None:
+    """Go on with other options than a checkpoint's: its state brings back those that it was saved with.
+
+    Args:
+        scheduler: With its optimiser; the rates of both are the peaks afterwards, for `realign`.
+        options: As from `options_of` an optimiser of the same groups.
+    """
+    for group, own in zip(scheduler.optimizer.param_groups, options, strict=True):
+        group.update(own, initial_lr=own["lr"])
+    scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]
 
 
 def check_resumed(optimizer: Optimizer, name: str, saved: Iterable[Mapping[str, Any]]) -> None:

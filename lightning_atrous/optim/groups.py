@@ -176,9 +176,14 @@ def _decay_name(weight_decay: float | None) -> str:
 def _by_name(model: nn.Module, named: Sequence[ParameterGroup]) -> dict[int, ParameterGroup]:
     """By the id of each parameter the first of ``named`` that matches it, under any of its names."""
     ids = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     found: dict[int, ParameterGroup] = {}
     for group in named:
         members = {ids[name] for name in matching(group.match, ids, option="parameter_groups")}
+        if not members & trained:
+            raise ValueError(
+                f"parameter_groups: all that matches '{group.match}' is frozen; leave it out, or freeze less"
+            )
         if members <= found.keys():
             raise ValueError(
                 f"parameter_groups: all that matches '{group.match}' has matched an earlier pattern, and the first "
