@@ -17,6 +17,8 @@ import torch
 import yaml
 from conftest import ROOT, environment
 
+from lightning_atrous.cli import main
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
 
@@ -169,6 +171,22 @@ def test_an_interrupted_run_says_so(workdir: Path) -> None:
     assert "lightning-atrous fit: stopped by SIGINT after step " in output
     assert "is saved in runs/tiny/checkpoints/last.ckpt; --ckpt_path last goes on from there" in output
     assert "Traceback" not in output
+
+
+def test_a_resumed_run_takes_the_options_that_are_typed(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fast = ("--data.num_workers", "0", "--trainer.enable_progress_bar", "false", "--trainer.max_epochs", "2")
+    main(["fit", "--config", "tiny.yaml", *fast])
+    typed = ("--model.optimizer.lr", "0.5", "--model.optimizer.momentum", "0.3", "--model.backbone_lr_factor", "0.1")
+    main(["fit", "--config", "tiny.yaml", *fast[:-1], "3", "--ckpt_path", "last", *typed])
+    state = torch.load("runs/tiny/checkpoints/last.ckpt", weights_only=True)
+    groups = {group["name"]: group for group in state["optimizer_states"][0]["param_groups"]}
+    assert groups["head"]["initial_lr"] == 0.5
+    assert groups["backbone"]["initial_lr"] == 0.5 * 0.1
+    assert {group["momentum"] for group in groups.values()} == {0.3}
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "tiny.yaml", *fast[:-1], "4", "--ckpt_path", "last", "--model.head.channels", "8"])
+    assert stop.value.code == 1
+    assert "do not fit the model that this run builds: model.head" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -105,6 +105,7 @@ def test_an_average_that_begins_late_begins_with_what_is_there(tmp_path: Path) -
     torch.testing.assert_close(second, averages(more.seen, 0.5, True))
 
 
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 def test_by_its_bare_name_on_the_command_line(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fast = ("--data.num_workers", "0", "--trainer.enable_progress_bar", "false")
     average = ("--trainer.callbacks+=EMA", "--trainer.callbacks.decay=0.5")
@@ -116,6 +117,9 @@ def test_by_its_bare_name_on_the_command_line(workdir: Path, capsys: pytest.Capt
     main(["fit", "--config", "tiny.yaml", "--ckpt_path=last", "--trainer.max_epochs=3", *average, *fast])
     content = torch.load("runs/tiny/checkpoints/last.ckpt", weights_only=True)
     assert content["global_step"] == 9
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", "tiny.yaml", "--ckpt_path=last", "--trainer.max_epochs=4", *fast])
+    assert "the checkpoint's weights are averages" in capsys.readouterr().err
     assert content["averaging_state"]["n_averaged"] == 9
     capsys.readouterr()
 

@@ -120,6 +120,14 @@ MISTYPED = {
         "2 class_weights for 7 classes",
     ),
     "loss": ((*FIT, "--model.loss", "Dise"), "model.loss: no class is named 'Dise'; did you mean 'Dice'?"),
+    "no batch to accumulate": (
+        (*FIT, "--trainer.accumulate_grad_batches", "0"),
+        "trainer.accumulate_grad_batches must be at least 1, got 0",
+    ),
+    "clipping to less than nothing": (
+        (*FIT, "--trainer.gradient_clip_val", "-1"),
+        "trainer.gradient_clip_val must not be negative, got -1",
+    ),
     "boundaries": (
         (*FIT, "--model.boundaries", "BoundaryScore", "--model.boundaries.bands", "[4, 2]"),
         "bands are whole numbers of pixels from 1 on, each greater than the last, got [4, 2]",

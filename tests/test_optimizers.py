@@ -123,8 +123,17 @@ def test_what_cannot_train_is_said_before_it_runs(factory: type[Optimizer], mess
         check_optimizer(factory)
 
 
-def test_options_for_a_device_are_not_refused_on_another() -> None:
-    check_optimizer(functools.partial(Adam, capturable=True))
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="on an accelerator they may hold")
+def test_options_for_a_device_are_refused_where_there_is_none() -> None:
+    with pytest.raises(ValueError, match=r"capturable.*leave that option out on the CPU"):
+        check_optimizer(functools.partial(Adam, capturable=True))
+
+
+def test_what_no_schedule_reaches_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Rprop takes its steps' sizes from the learning rate once"):
+        check_optimizer(functools.partial(torch.optim.Rprop, lr=0.01))
+    with pytest.raises(ValueError, match=r"model.optimizer: .*fused.*foreach.*; correct its options"):
+        check_optimizer(functools.partial(Adam, fused=True, foreach=True))
 
 
 def steps(batches: int, accumulate: int, folder: Path) -> dict[str, torch.Tensor]:
