@@ -97,6 +97,10 @@ _FOREIGN = {
         "model.compile was asked for, but torch.compile finds no C++ compiler on this machine; install one (g++), or "
         "give --model.compile false"
     ),
+    r"`val_check_interval` \((.*?)\) must be less than or equal to the number of the training batches \((\d+)\)": (
+        "trainer.val_check_interval {0} is more than an epoch's {1} batches; give at most {1}, or beside it "
+        "trainer.check_val_every_n_epoch: null, to count over epochs"
+    ),
     r"find_unused_parameters": (
         "some of the backbone's weights take no part in the loss, which DDP has to be told; give --trainer.strategy "
         "ddp_find_unused_parameters_true"
@@ -122,6 +126,8 @@ def clarify(message: str, parser: argparse.ArgumentParser, classes: Mapping[str,
         return f"unknown option --{match[1]}; {_like(match[1], parser)}"
     if match := re.search(r"does not accept option '([^']+)'", text):
         return f"the config has an unknown key '{match[1]}'; {_like(match[1], parser)}"
+    if match := re.search(r"argument (\S+) --> (\S+): .*not callable", text):
+        return f"{match[2]} has an option of its own; give --{match[1]} instead"
     if match := re.search(r"arguments are required: (.*)", text):
         missing = re.sub(r"\b(fit|validate|test)\.", "", match[1])
         return f"{missing} is required; give it in --config or on the command line"
@@ -129,7 +135,8 @@ def clarify(message: str, parser: argparse.ArgumentParser, classes: Mapping[str,
         known = _options_of(message)
         return f"{key} takes no option '{match[1]}'" + (f"; {close_matches(match[1], known)}" if known else "")
     if (match := re.search(r"Expected a dot import path string: (\S*\w)", text)) and key in classes:
-        return f"{key}: no class is named '{match[1]}'; {close_matches(match[1], sorted(subclass_names(classes[key])))}"
+        names = sorted(subclass_names(classes[key])) or [classes[key].__name__]
+        return f"{key}: no class is named '{match[1]}'; {close_matches(match[1], names)}"
     # of options within options, what is said of the innermost
     inner = re.split(r" - Expected a NoneType Given value type: NestedArg", text.rpartition('arser key "')[2])[0]
     inner = re.sub(r"typing\.Literal\[(.*?)\]", r"\1", inner)

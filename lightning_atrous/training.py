@@ -156,6 +156,11 @@ class TrainingCLI(LightningCLI):
             if self.model.model.frozen:
                 warnings.filterwarnings("ignore", r"Found \d+ module\(s\) in eval mode at the start of training")
             self.trainer.fit(**arguments)
+        if self.first_step and self.trainer.global_step == self.first_step and self.trainer.is_global_zero:
+            print(
+                f"the checkpoint is at step {self.first_step} already, at or past the end that was asked for; to train "
+                f"on give a larger trainer.max_epochs or trainer.max_steps"
+            )
 
     def validate(self, **arguments: Any) -> None:
         """Run the trainer's, quietly."""
@@ -212,6 +217,9 @@ class TrainingCLI(LightningCLI):
         except ValueError as error:
             raise Complaint(str(error), exit_code=2) from error
         self.config = parser.parse_args(arguments)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+            raise Complaint(f"seed_everything must be a number in 0..{2**32 - 1}, got {seed}", exit_code=2)
 
     def before_instantiate_classes(self) -> None:
         """Choose the run's directory, and the logger that writes there where none is given."""
@@ -278,6 +286,8 @@ class TrainingCLI(LightningCLI):
         plugins += [SyncBatchNorm()] if config.sync_batchnorm else []
         trainer_config["plugins"] = plugins
         trainer = self._instantiate_trainer(trainer_config, callbacks)
+        # before those of the user, who may log in the same hook
+        trainer.callbacks.sort(key=lambda callback: not isinstance(callback, LoggedStep))  # type: ignore[attr-defined]
         if self.subcommand == "fit":
             if config.sync_batchnorm and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
                 raise Complaint(

@@ -183,6 +183,13 @@ def test_a_resumed_run_takes_the_options_that_are_typed(workdir: Path, capsys: p
     assert groups["head"]["initial_lr"] == 0.5
     assert groups["backbone"]["initial_lr"] == 0.5 * 0.1
     assert {group["momentum"] for group in groups.values()} == {0.3}
+    capsys.readouterr()
+    main(["fit", "--config", "tiny.yaml", *fast[:-1], "3", "--ckpt_path", "last"])
+    assert "the checkpoint is at step 9 already, at or past the end" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", "tiny.yaml", *fast[:-1], "4", "--trainer.val_check_interval", "100"])
+    assert stop.value.code == 1
+    assert "trainer.val_check_interval 100 is more than an epoch's 3 batches; give at most 3" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stop:
         main(["fit", "--config", "tiny.yaml", *fast[:-1], "4", "--ckpt_path", "last", "--model.head.channels", "8"])
     assert stop.value.code == 1

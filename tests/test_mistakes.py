@@ -120,6 +120,18 @@ MISTYPED = {
         "2 class_weights for 7 classes",
     ),
     "loss": ((*FIT, "--model.loss", "Dise"), "model.loss: no class is named 'Dise'; did you mean 'Dice'?"),
+    "a seed below zero": (
+        (*FIT, "--seed_everything", "-3"),
+        "seed_everything must be a number in 0..4294967295, got -3",
+    ),
+    "the stride of the evaluation by the name that it has in Python": (
+        (*FIT, "--model.eval_output_stride", "8"),
+        "model.eval_output_stride has an option of its own; give --eval_output_stride instead",
+    ),
+    "boundaries by another name": (
+        (*FIT, "--model.boundaries", "BoundryScore"),
+        "model.boundaries: no class is named 'BoundryScore'; did you mean 'BoundaryScore'?",
+    ),
     "no batch to accumulate": (
         (*FIT, "--trainer.accumulate_grad_batches", "0"),
         "trainer.accumulate_grad_batches must be at least 1, got 0",
