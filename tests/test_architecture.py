@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "lightning_atrous"
 
 LAYERS = [
-    {"types", "registry", "files", "arrays", "signatures", "randomness", "colours"},
+    {"types", "registry", "files", "arrays", "signatures", "analysis", "randomness", "colours"},
     {
         "layers",
         "dilation.ops",
