@@ -98,8 +98,6 @@ RATES = [(1, 2, 5), (1, 2, 9), (2, 4, 8), (1, 1, 1), (1, 2, 5, 1, 2, 5), (3, 4, 
 
 
 @pytest.mark.parametrize("rates", RATES)
-    "rates", [(1, 2, 5), (1, 2, 9), (2, 4, 8), (1, 1, 1), (1, 2, 5, 1, 2, 5), (3, 4, 5), (1, 3, 9)]
-)
 def test_the_rule_promises_no_more_than_is_so(rates: tuple[int, ...]) -> None:
     if unseen_gap(rates) <= 3 and rates[0] == 1:
         assert coverage([Layer(3, rate=r) for r in rates]) == 1
