@@ -113,7 +113,7 @@ class ScheduleFree(SGD):
         (torch.optim.SparseAdam, "SparseAdam makes no step in this training: .*; take another"),
         (timm.optim.Adahessian, "Adahessian makes no step in this training: .*; take another"),
         (timm.optim.Adafactor, "Adafactor sets its learning rates itself; give it an lr"),
-        (timm.optim.Lookahead, r"model\.optimizer: .*, or take another$"),
+        (timm.optim.Lookahead, r"model\.optimizer: Lookahead is not built over parameters .*; take another$"),
         (functools.partial(Adam, lr=-1), "Invalid learning rate: -1"),
         (ScheduleFree, "ScheduleFree is free of a schedule, .*, and the callback EMA"),
     ],

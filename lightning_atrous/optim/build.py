@@ -59,7 +59,10 @@ def check_optimizer(factory: OptimizerFactory) -> None:
     ]
     try:
         optimizer = build_optimizer(factory, groups)
-    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+    except AttributeError as error:  # of what takes another optimiser where parameters are expected
+        name = getattr(factory, "func", factory).__name__
+        raise ValueError(f"model.optimizer: {name} is not built over parameters ({error}); take another") from error
+    except (RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"model.optimizer: {error}; correct its options, or take another") from error
     name = type(optimizer).__name__
     if isinstance(optimizer, torch.optim.Rprop):
