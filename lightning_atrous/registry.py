@@ -103,11 +103,6 @@ class Registry(Generic[T]):
             except Exception as error:  # whatever a foreign module raises when it is imported
                 self.broken[entry.name] = f"{_origin(entry)}: {type(error).__name__}: {error}"
 
-    def name_of(self, cls: type) -> str | None:
-        """The name under which ``cls`` is known, if it is."""
-        self.load_plugins()
-        return next((name for name, known in self._classes.items() if known is cls), None)
-
     def __getitem__(self, name: str) -> type[T]:
         self.load_plugins()
         if name in self._classes:

@@ -1,9 +1,12 @@
-"""Data sets in their true layouts, made small."""
+"""Data sets in their true layouts, made small, and pictures of every kind."""
 
 from __future__ import annotations
 
+import struct
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -109,3 +112,24 @@ def save_pair(root: Path, name: str, *, split: str = "", height: int = 20, width
     labels = np.random.default_rng(1).integers(0, classes, (height, width)).astype(np.uint8)
     save_image(root / "images" / split / f"{name}.png", height, width)
     save_mask(root / "masks" / split / f"{name}.png", labels)
+
+
+def pixels(*shape: int, dtype: Any = np.uint8) -> np.ndarray:
+    high = {"u": np.iinfo(dtype).max + 1 if np.dtype(dtype).kind == "u" else 0, "f": 1000}[np.dtype(dtype).kind]
+    return np.random.default_rng(0).integers(0, high, shape).astype(dtype)
+
+
+def save_png(path: Path, array: np.ndarray) -> Path:
+    """A PNG ``(H, W, C)`` of 8 or 16 bits, written by hand: Pillow writes no colours of 16 bits."""
+    bits, colour = 8 * array.dtype.itemsize, {1: 0, 2: 4, 3: 2, 4: 6}[array.shape[2]]
+    rows = b"".join(b"\0" + row.astype(array.dtype.newbyteorder(">")).tobytes() for row in array)
+    header = struct.pack(">IIBBBBB", array.shape[1], array.shape[0], bits, colour, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
+    data = b"".join(struct.pack(">I", len(x)) + t + x + struct.pack(">I", zlib.crc32(t + x)) for t, x in chunks)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + data)
+    return path
+
+
+def save(path: Path, mode: str = "RGB", height: int = 5, width: int = 7, **options: Any) -> Path:
+    Image.fromarray(pixels(height, width, 3)).convert(mode).save(path, **options)
+    return path
